@@ -1,0 +1,56 @@
+"""How a script ends: one sentence, one exit status, nothing lost.
+
+0 done · 1 a check failed · 2 the user can mend it · 3 the loss or a gradient was not finite · 70 a rank died or hung ·
+74 disk or I/O · 75 stopped by a signal or a time limit after saving a checkpoint.
+"""
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says place, finding and way out; it is shown without a traceback."""
+
+    status = 2
+
+
+class CheckFailed(Exception):
+    """A check that the user asked for did not pass."""
+
+    status = 1
+
+
+class NotFinite(Exception):
+    """The loss or a gradient is NaN or infinite; the message names the step and the rows."""
+
+    status = 3
+
+
+class RankLost(Exception):
+    """A process of a distributed job died or hung; the message names its rank."""
+
+    status = 70
+
+
+class Stopped(Exception):
+    """A signal or --max_minutes ended the run after a checkpoint was written."""
+
+    status = 75
+
+
+def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Run a script's `main(argv)` and return its exit status; the faults above become one line on stderr."""
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except (UserError, CheckFailed, NotFinite, RankLost, Stopped) as fault:
+        print(f"{type(fault).__name__ if fault.status not in (2, 75) else 'stopped' if fault.status == 75 else 'error'}: "
+              f"{fault}", file=sys.stderr)
+        return fault.status
+    except BrokenPipeError:  # `... | head`: the reader left
+        sys.stderr.close()
+        return 0
+    except OSError as fault:
+        place = f"{fault.filename}: " if fault.filename else ""
+        print(f"disk or I/O error: {place}{fault.strerror or fault}", file=sys.stderr)
+        return 74
