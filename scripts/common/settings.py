@@ -1,0 +1,387 @@
+"""The one table of 03_sft.py's settings: name, default, unit, meaning, and what may change when a run is resumed.
+
+Flags, config files, checks, --help and the README's table are made from it (config.py). What follows the table is
+what one setting says about another: `settle` fills in what depends on others, `problems` refuses contradictions.
+"""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.config import level, nearest, place, setting
+
+TEMPLATES = ("chatml", "instruct", "chat", "raw", "model")
+LORA_RATE, FULL_RATE = 2e-4, 2e-5  # adapters start at zero and stand ten times the rate
+
+
+@dataclass
+class StageData:
+    """One data set of a stage."""
+
+    path: str = setting("", "A file of rows.", path="hub", required=True)
+    weight: float | None = setting(None, "Share of the stage's draws, relative to the others.", within="[0, inf)")
+    n_samples: int | None = setting(None, "Take this many examples of it, drawn by the seed.", within="[1, inf)")
+
+
+@dataclass
+class StageSettings:
+    """One stage: a mixture of data sets, trained for some epochs or until an optimizer step."""
+
+    name: str = setting("", "Every stage needs a name.", required=True)
+    epochs: float | None = setting(None, "Passes over the stage's mixture.", within="(0, inf)")
+    until_step: int | None = setting(None, "Optimizer step of the run at which the stage ends.", within="[1, inf)")
+    datasets: list[StageData] = setting([], "Every stage needs data sets.", required=True)
+
+
+@dataclass
+class SftConfig:
+    """Settings of supervised fine-tuning; `parse(SftConfig, argv, description)` makes one."""
+
+    # names other tools use -> ours, for the hint beside an unknown name alone
+    other_names: ClassVar[dict[str, str]] = {
+        "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "lora_rank": "lora_r",
+        "r": "lora_r", "model_name_or_path": "model_path", "base_model": "model_path", "max_length": "max_seq_length",
+        "model": "model_path", "sequence_len": "max_seq_length", "cutoff_len": "max_seq_length",
+        "micro_batch_size": "per_device_train_batch_size", "batch_size": "per_device_train_batch_size",
+        "chat_template": "prompt_template", "template": "prompt_template", "lora_target": "lora_target_modules",
+        "dataset": "dataset_paths", "datasets": "dataset_paths", "dataset_name": "dataset_paths",
+        "val_size": "val_split_ratio", "val_set_size": "val_split_ratio", "sample_packing": "packing",
+        "optimizer": "optim", "lr_scheduler": "lr_scheduler_type", "flash_attn": "attn_implementation",
+        "additional_target_modules": "modules_to_save", "mask_prompt": "train_on_prompt", "sampling": "dataset_weights",
+        "train_on_inputs": "train_on_prompt", "no_use_lora": "no_lora", "interleave_probs": "dataset_weights"}
+
+    config_path: str | None = setting(
+        None, "JSON or YAML file with any of these settings, or a run.json; paths in it are relative to it.",
+        path=True, action=True, group="Model")
+    model_path: str = setting("", "Base model: a directory in Hugging Face form, or a Hub id.", path="hub",
+                              required=True)
+    tokenizer_path: str | None = setting(
+        None, "SentencePiece .model, tokenizer directory or Hub id. Without it: the model's own.", path="hub")
+    revision: str | None = setting(None, "Branch, tag or commit of a model from the Hub.")
+    init_from: str | None = setting(
+        None, "Start from another run's adapter or weights, with a fresh optimizer and schedule.", path="hub")
+    attn_implementation: str = setting(
+        "auto", "Attention. auto takes the fastest that keeps packed examples apart, and says which.",
+        choices=("auto", "packed", "sdpa", "eager", "flash_attention_2"))
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, about a third more time.", resume="free")
+    compile: bool = setting(False, "Compile the layers with torch.compile; needs a C++ compiler.")
+
+    dataset_paths: list[str] = setting(
+        [], "Files of rows: .jsonl or .json (also .gz), .csv, .parquet.", path="hub", group="Data")
+    dataset_weights: list[float] | str | None = setting(
+        None, "Share of each data set in the examples drawn, relative. recommended: the data set files' weights for a "
+        "model of this size. Without it: every row once an epoch.", words=("recommended",), within="[0, inf)")
+    weight_unit: str = setting("examples", "What the weights are shares of.",
+                               choices=("examples", "tokens", "trained_tokens"))
+    stages: list[StageSettings] | None = setting(
+        None, "Mixtures trained one after the other: a list of {name, epochs or until_step, "
+        "datasets: [{path, weight, n_samples}]}. Instead of dataset_paths.", file_only=True)
+    role_map: list[str] = setting([], "Names of roles in conversations that are not understood by themselves, "
+                                  "as NAME=ROLE with ROLE one of system, user, assistant, tool.")
+    skip_bad_rows: bool = setting(False, "Go on without bad rows and say how many, instead of stopping.")
+    cache_dir: str = setting("data/cache", "Tokenised data, reused while file, tokenizer and template are the same.",
+                             path=True, resume="free")
+    seed: int = setting(42, "Decides split, order, dropout and new rows of the embeddings.", within="[0, 4294967295]")
+
+    prompt_template: str = setting(
+        "chatml", "How rows become text. model: the tokenizer's own chat template; FILE.jinja with {% generation %} "
+        "blocks; FILE.yaml with role_mapping and jinja2_chat_template.", words=TEMPLATES,
+        suffixes=(".jinja", ".yaml", ".yml"), path="hub", group="Examples")
+    system_prompt: str | None = setting(None, "System turn for rows that have none.")
+    train_on_prompt: bool = setting(False, "Train every token of an example, not the assistant's alone.")
+    assistant_turns: str = setting("all", "Which assistant turns of a conversation are trained.",
+                                   choices=("all", "last"))
+    max_seq_length: int = setting(1024, "Length of a row; also the longest example.", unit="tokens", within="[8, inf)")
+    too_long: str = setting(
+        "split", "Examples over max_seq_length: split (messages at turns, text into windows; a turn that cannot be "
+        "split is dropped and counted), cut (no end token then) or drop.", choices=("split", "cut", "drop"))
+    packing: bool = setting(True, "Put several examples into a row; they never see each other.")
+    pad_to_multiple_of: int | None = setting(None, "Without packing: pad rows to a multiple of this.", unit="tokens",
+                                             within="[1, inf)")
+
+    val_split_ratio: float = setting(
+        0.02, "Share of the conversations held out for validation, by hash of the first prompt. 0: no validation.",
+        within="[0, 1)", group="Validation")
+    test_split_ratio: float = setting(0.0, "Share held out and left alone; saved as test.jsonl.", within="[0, 1)")
+    val_from: list[str] = setting([], "Draw the validation rows from these data sets only (file names without "
+                                  "extension).")
+    val_dataset_paths: list[str] = setting([], "Files of validation rows; nothing is split off for it then.",
+                                           path="hub")
+    max_eval_samples: int | None = setting(None, "Use at most this many validation examples.", unit="examples",
+                                           within="[1, inf)")
+    per_device_eval_batch_size: int = setting(8, "Rows of a forward pass in evaluation.", unit="rows",
+                                              within="[1, inf)", resume="free")
+    eval_steps: int = setting(100, "Evaluate every so many steps, and at the end.", unit="steps", within="[1, inf)")
+    early_stopping_patience: int | None = setting(
+        None, "Stop after this many evaluations without a better loss. Against overfitting: training ends where "
+        "validation does.", unit="evaluations", within="[1, inf)")
+    early_stopping_threshold: float = setting(0.0, "A loss is better if it is lower by more than this.", unit="nats",
+                                              within="[0, inf)")
+
+    use_lora: bool = setting(True, "Train low-rank adapters; without: all weights.", flag_off="no_lora", group="LoRA")
+    lora_r: int = setting(16, "Rank of the adapters.", within="[1, inf)")
+    lora_alpha: float = setting(32.0, "Scale of the adapters: alpha / r (alpha / sqrt(r) with use_rslora).",
+                                within="(0, inf)")
+    lora_dropout: float = setting(0.05, "Share of the adapters' inputs set to zero in training.", within="[0, 1)")
+    lora_target_modules: list[str] = setting(["all-linear"], "Modules that get an adapter: all-linear, or names.")
+    modules_to_save: list[str] = setting([], "Modules trained whole beside the adapters, e.g. lm_head.")
+    use_rslora: bool = setting(False, "Scale by the square root of the rank; for large ranks.")
+    use_dora: bool = setting(False, "Train the weights' magnitudes apart from their directions (DoRA).")
+    load_in_4bit: bool = setting(False, "QLoRA: hold the base in 4 bits; needs bitsandbytes.")
+    merge_adapters: bool = setting(False, "Leave a stand-alone model in OUTPUT_DIR/merged at the end.", resume="free")
+    merge_dtype: str | None = setting(None, "Precision of the merged model. Without it: the base's.",
+                                      choices=("float32", "bfloat16", "float16"), resume="free")
+
+    num_train_epochs: float = setting(
+        3.0, "Passes over the data; an epoch has as many examples as the data sets together. Against overfitting: "
+        "fewer.", unit="epochs", within="(0, inf)", group="Training")
+    max_steps: int = setting(-1, "Optimizer steps of the whole run, instead of num_train_epochs. -1: not set.",
+                             unit="steps", within="[-1, inf)")
+    per_device_train_batch_size: int = setting(
+        4, "Rows of a forward pass. Times gradient_accumulation_steps times processes: rows of a step. Against "
+        "overfitting: more rows a step are steadier.", unit="rows", within="[1, inf)")
+    gradient_accumulation_steps: int = setting(4, "Forward passes of an optimizer step. Against overfitting: more are "
+                                               "steadier, as per_device_train_batch_size.", within="[1, inf)")
+    learning_rate: float | None = setting(
+        None, f"Highest learning rate. Without it: {LORA_RATE:g} with LoRA, {FULL_RATE:g} for all weights. Against "
+        "overfitting: lower is slower and steadier.", within="(0, inf)")
+    lr_scheduler_type: str = setting(
+        "cosine", "Course of the learning rate. Against overfitting: cosine and linear end softly, constant ones do "
+        "not.", choices=("cosine", "linear", "constant", "constant_with_warmup"))
+    min_lr_ratio: float = setting(0.0, "Where cosine and linear end, as a share of learning_rate.", within="[0, 1]")
+    warmup_ratio: float = setting(0.03, "Share of the steps in which the learning rate rises from 0.", within="[0, 1)")
+    warmup_steps: int = setting(0, "Steps in which it rises, instead of warmup_ratio. Against overfitting: more make "
+                                "the start gentler.", unit="steps", within="[0, inf)")
+    weight_decay: float = setting(0.0, "Pull of the weights towards zero. Against overfitting: 0.1 to 0.5.",
+                                  within="[0, inf)")
+    max_grad_norm: float = setting(1.0, "Longer gradients are scaled down to this norm. 0: never.", within="[0, inf)")
+    optim: str = setting("adamw", "Optimizer.", choices=("adamw", "adafactor", "sgd"))
+    adam_beta1: float = setting(0.9, "AdamW: memory of the gradient's mean.", within="[0, 1)")
+    adam_beta2: float = setting(0.999, "AdamW: memory of its square.", within="[0, 1)")
+    adam_epsilon: float = setting(1e-8, "AdamW: added to the denominator.", within="(0, inf)")
+    neftune_noise_alpha: float = setting(0.0, "Noise on the embeddings in training (NEFTune; 5 is usual). 0: none.",
+                                         within="[0, inf)")
+    reset_optimizer_per_stage: bool = setting(False, "Start each stage with a fresh optimizer state.")
+
+    output_dir: str = setting("checkpoints/sft/run", "Where the run is kept; one run a directory.", path=True,
+                              resume="free", group="Run")
+    overwrite_output_dir: bool = setting(False, "Move a run that is there aside and start anew.", action=True)
+    resume_from_checkpoint: str | None = setting(
+        None, "Without a value: go on from the newest complete checkpoint, or start if there is none. With one: from "
+        "that checkpoint; newer ones are moved aside.", path=True, words=("auto",), bare="auto", action=True)
+    save_steps: int = setting(100, "Save a checkpoint every so many steps, and at the end.", unit="steps",
+                              within="[1, inf)", resume="free")
+    save_total_limit: int = setting(3, "Checkpoints kept beside the best one.", unit="checkpoints", within="[1, inf)",
+                                    resume="free")
+    max_minutes: float | None = setting(None, "Stop after this time with a checkpoint (exit status 75).",
+                                        unit="minutes", within="(0, inf)", resume="free")
+    logging_steps: int = setting(10, "Write a line of metrics every so many steps.", unit="steps", within="[1, inf)",
+                                 resume="free")
+    report_to: list[str] = setting(["tensorboard"], "Where metrics go beside metrics.jsonl.",
+                                   choices=("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "none"),
+                                   resume="free")
+    do_gen_test: bool = setting(False, "Answer some validation prompts at the end; samples.jsonl.", resume="free")
+    num_gen_samples: int = setting(5, "Prompts of do_gen_test.", within="[1, inf)", resume="free")
+    max_new_tokens: int = setting(128, "Longest answer of do_gen_test.", unit="tokens", within="[1, inf)",
+                                  resume="free")
+    dry_run: bool = setting(False, "Print the arithmetic and one example with its trained tokens marked, then stop.",
+                            action=True)
+    export_rendered: bool = setting(False, "Write the rendered examples with their trained parts beside the run.",
+                                    resume="free")
+    explain_step: int | None = setting(None, "Print file and line of every row of this optimizer step, then stop.",
+                                       unit="step", within="[1, inf)", action=True)
+    verify_resume: bool = setting(False, "Prove on this machine and data that a resumed run equals an uninterrupted "
+                                  "one (exit status 1 if not).", action=True)
+
+    def settle(self) -> list[str]:
+        """Fill in what depends on other settings; a line for each value of a file that gave way to the command line."""
+        notes: list[str] = []
+
+        def give_way(name: str, to: str, value: object) -> None:
+            if getattr(self, name) != value and level(self, name) < level(self, to):
+                if level(self, name):
+                    notes.append(f"{place(self, name)} gives way to {place(self, to)}")
+                setattr(self, name, value)
+
+        if level(self, "warmup_steps") != level(self, "warmup_ratio"):
+            give_way("warmup_ratio", "warmup_steps", 0.0)
+            give_way("warmup_steps", "warmup_ratio", 0)
+        if self.lr_scheduler_type == "constant":
+            give_way("warmup_ratio", "lr_scheduler_type", 0.0)
+            give_way("warmup_steps", "lr_scheduler_type", 0)
+        if not self.use_lora:
+            for name, value in (("merge_adapters", False), ("merge_dtype", None), ("load_in_4bit", False)):
+                give_way(name, "use_lora", value)
+        if self.val_dataset_paths:
+            give_way("val_split_ratio", "val_dataset_paths", 0.0)
+        if not self.validates():
+            give_way("early_stopping_patience", "val_split_ratio", None)
+        if self.learning_rate is None:
+            self.learning_rate = LORA_RATE if self.use_lora else FULL_RATE
+        return notes
+
+    def validates(self) -> bool:
+        """Whether the run has validation rows."""
+        return self.val_split_ratio > 0 or bool(self.val_dataset_paths)
+
+    def all_dataset_paths(self) -> list[str]:
+        """Training files in order of first use, those of stages included, each once."""
+        staged = [data.path for stage in self.stages or [] for data in stage.datasets]
+        return list(dict.fromkeys([*self.dataset_paths, *staged]))
+
+    def roles(self) -> dict[str, str]:
+        """`role_map` as a dict, name in the file -> role."""
+        return dict(entry.split("=", 1) for entry in self.role_map)
+
+    def problems(self) -> list[str]:
+        """Contradictions between settings, a sentence each."""
+        return [*_data_problems(self), *_stage_problems(self), *_validation_problems(self), *_lora_problems(self),
+                *_training_problems(self), *_without_effect(self)]
+
+
+def dataset_name(path: str) -> str:
+    """The name of a data set: its file name without extension; 'data/sft/alpaca.jsonl.gz' -> 'alpaca'."""
+    name = os.path.basename(path.rstrip("/"))
+    name = name.removesuffix(".gz")
+    return os.path.splitext(name)[0] or name
+
+
+def _data_problems(c: SftConfig) -> list[str]:
+    """Data sets and their weights."""
+    found, weights = [], c.dataset_weights
+    if not c.dataset_paths and not c.stages:
+        found.append("--dataset_paths: it is missing. Name the files to learn from, or stages in a config file.")
+    if c.dataset_paths and c.stages is not None:
+        found.append(f"{place(c, 'dataset_paths')}: {place(c, 'stages')} names data sets as well. Keep one of them.")
+    if isinstance(weights, list) and c.dataset_paths:
+        where = place(c, "dataset_weights")
+        if len(weights) != len(c.dataset_paths):
+            found.append(f"{where}: {len(weights)} weights for {len(c.dataset_paths)} dataset_paths. Give one each.")
+        elif not any(weights):
+            found.append(f"{where}: all weights are zero. Give at least one data set a weight above zero.")
+    for setting_name, paths in (("dataset_paths", c.dataset_paths), ("val_dataset_paths", c.val_dataset_paths),
+                                ("stages", [] if c.dataset_paths else c.all_dataset_paths())):
+        names: dict[str, str] = {}
+        for path in paths:
+            other = names.setdefault(dataset_name(path), path)
+            if other is path:
+                continue
+            finding = f"{path} stands twice. Name it once" if other == path else \
+                f"{other} and {path} would both be called {dataset_name(path)}. Rename one of the files"
+            found.append(f"{place(c, setting_name)}: {finding}.")
+    roles = ("system", "user", "assistant", "tool")
+    found += [f"{place(c, 'role_map')}: {entry!r} is not NAME=ROLE. Write e.g. human=user; roles: {', '.join(roles)}."
+              for entry in c.role_map if entry.partition("=")[2] not in roles or entry.startswith("=")]
+    return found
+
+
+def _stage_problems(c: SftConfig) -> list[str]:
+    """Each stage has one end, the ends follow each other, weights are given for all of its data sets or for none."""
+    if c.stages is None:
+        return []
+    where, found, reached, names = place(c, "stages"), [], 0, set()
+    if not c.stages:
+        found.append(f"{where}: the list is empty. Give at least one stage, or use dataset_paths.")
+    for i, stage in enumerate(c.stages):
+        at = f"{where}[{i}]"
+        if stage.name in names:
+            found.append(f"{at}.name: {stage.name!r} is the name of an earlier stage. Give each its own.")
+        names.add(stage.name)
+        if (stage.epochs is None) == (stage.until_step is None):
+            found.append(f"{at}: it needs epochs or until_step, one of them, to know where it ends.")
+        if stage.until_step is not None and stage.until_step <= reached:
+            found.append(f"{at}.until_step: {stage.until_step} is not after step {reached}, where an earlier stage "
+                         "ends. Steps count from the start of the run.")
+        reached = max(reached, stage.until_step or 0)
+        weights = [data.weight for data in stage.datasets]
+        if None in weights and any(weight is not None for weight in weights):
+            found.append(f"{at}.datasets: some have a weight and some not. Give a weight to all of them or to none.")
+        elif weights and None not in weights and not any(weights):
+            found.append(f"{at}.datasets: all weights are zero. Give at least one a weight above zero.")
+        paths = [data.path for data in stage.datasets]
+        found += [f"{at}.datasets: {path} stands twice. Name it once." for path in dict.fromkeys(paths)
+                  if paths.count(path) > 1]
+    return found
+
+
+def _validation_problems(c: SftConfig) -> list[str]:
+    """Where validation rows come from, and what needs them."""
+    found = []
+    if c.val_split_ratio + c.test_split_ratio >= 1:
+        found.append(f"{place(c, 'val_split_ratio')}: validation {c.val_split_ratio:g} and test_split_ratio "
+                     f"{c.test_split_ratio:g} leave nothing to train on. Their sum has to be less than 1.")
+    if c.val_dataset_paths and c.val_split_ratio > 0:
+        found.append(f"{place(c, 'val_dataset_paths')}: it brings the validation rows, so that val_split_ratio has no "
+                     "effect. Leave one of them out.")
+    if c.val_dataset_paths and c.val_from:
+        found.append(f"{place(c, 'val_from')}: val_dataset_paths brings the validation rows. Leave one of them out.")
+    shared = sorted(set(c.val_dataset_paths) & set(c.all_dataset_paths()))
+    found += [f"{place(c, 'val_dataset_paths')}: {path} is trained on as well. Leave it out here and let "
+              "val_split_ratio hold rows out of it." for path in shared]
+    known = [dataset_name(path) for path in c.all_dataset_paths()]
+    for name in c.val_from if known else []:
+        if name not in known:
+            near = nearest(name, known)
+            found.append(f"{place(c, 'val_from')}: no data set is called {name!r} (there are: {', '.join(known)})."
+                         + (f" Did you mean {near}?" if near else " Names are file names without extension."))
+    if not c.validates():
+        found += [f"{place(c, name)}: there are no validation rows. Set val_split_ratio above 0, give "
+                  f"val_dataset_paths, or leave {name} out."
+                  for name in ("early_stopping_patience", "val_from", "max_eval_samples") if getattr(c, name)]
+    return found
+
+
+def _lora_problems(c: SftConfig) -> list[str]:
+    """What needs adapters."""
+    if c.use_lora:
+        return []
+    return [f"{place(c, name)}: there are no adapters, as {place(c, 'use_lora')} says. Leave out one of the two."
+            for name in ("merge_adapters", "load_in_4bit") if getattr(c, name)]
+
+
+def _training_problems(c: SftConfig) -> list[str]:
+    """Length, schedule and what is trained."""
+    found = []
+    if c.max_steps == 0:
+        found.append(f"{place(c, 'max_steps')}: 0 steps train nothing. Use --dry_run to see the arithmetic alone.")
+    if c.warmup_ratio > 0 and c.warmup_steps > 0:
+        found.append(f"{place(c, 'warmup_steps')}: {place(c, 'warmup_ratio')} is set as well. Keep one of them.")
+    if c.lr_scheduler_type == "constant" and (c.warmup_ratio > 0 or c.warmup_steps > 0):
+        found.append(f"{place(c, 'lr_scheduler_type')}: constant has no warm-up. Write constant_with_warmup, or set "
+                     "the warm-up to 0.")
+    if "none" in c.report_to and len(c.report_to) > 1:
+        found.append(f"{place(c, 'report_to')}: none stands beside others. Keep one.")
+    if len(c.lora_target_modules) > 1 and "all-linear" in c.lora_target_modules:
+        found.append(f"{place(c, 'lora_target_modules')}: all-linear stands beside names. Keep one.")
+    if c.train_on_prompt and c.assistant_turns == "last":
+        found.append(f"{place(c, 'train_on_prompt')}: it trains every token, so that assistant_turns has no effect. "
+                     "Leave one of them out.")
+    if c.overwrite_output_dir and c.resume_from_checkpoint:
+        found.append(f"{place(c, 'overwrite_output_dir')}: resume_from_checkpoint continues the run that this would "
+                     "move aside. Leave one of them out.")
+    return found
+
+
+def _without_effect(c: SftConfig) -> list[str]:
+    """Flags on the command line that nothing would read; a config file may carry settings for both modes."""
+    adapters = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "modules_to_save", "use_rslora",
+                "use_dora")
+    falling = c.lr_scheduler_type in ("cosine", "linear")
+    groups = (
+        (adapters, c.use_lora, "there are no adapters to set. Leave out --no_lora or this"),
+        (("merge_dtype",), c.use_lora and c.merge_adapters, "nothing is merged. Add --merge_adapters"),
+        (("adam_beta1", "adam_beta2", "adam_epsilon"), c.optim == "adamw", f"optim is {c.optim}. Use --optim adamw"),
+        (("min_lr_ratio",), falling, f"{c.lr_scheduler_type} does not fall. Use cosine or linear"),
+        (("pad_to_multiple_of",), not c.packing, "packed rows are not padded. Add --no_packing"),
+        (("weight_unit",), bool(c.dataset_weights or c.stages), "there are no weights. Add --dataset_weights"),
+        (("dataset_weights", "num_train_epochs"), not c.stages, "the stages say it. Set it in their list"),
+        (("reset_optimizer_per_stage",), bool(c.stages), "there are no stages. Put them into a config file"),
+        (("num_gen_samples", "max_new_tokens"), c.do_gen_test, "nothing is generated. Add --do_gen_test"),
+        (("early_stopping_threshold",), bool(c.early_stopping_patience),
+         "early stopping is off. Add --early_stopping_patience"),
+        (("eval_steps",), c.validates(), "there are no validation rows. Set --val_split_ratio above 0"),
+    )
+    return [f"{place(c, name)}: it has no effect: {reason}."
+            for names, used, reason in groups if not used for name in names if level(c, name) == 2]
