@@ -1,0 +1,462 @@
+"""Everything that decides what is learnt, before the first step: mixture, stages, packing, steps, rows per rank.
+
+The plan is a pure function of (lengths, weights, stages, seed, sizes). It knows nothing of processes, devices or text,
+so the arithmetic can be printed and checked before an hour is spent, and a resume needs one integer: the step.
+
+    sources    a 5 examples, b 10 examples; weights .8 and .2
+    epoch      as many examples as both together: 15 -> 12 of a, 3 of b   (largest remainder)
+    streams    a: its 5 in a seeded order, again in another, 2 of a third; the next epoch begins with the other 3
+    mixture    the 15 draws in a seeded order
+    rows       lengths 5 3 2 2, max_seq_length 7 -> rows [5 2] [3 2]      (best-fit decreasing), rows in a seeded order
+    steps      rows_per_step rows each; the last step of a stage may have fewer
+
+A draw is one use of an example. All draws of a run are one int32 array of numbers of examples (all sources counted
+through) in the order of the rows; two arrays of bounds cut it into rows and the rows into steps.
+"""
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import count
+
+import numpy as np
+
+from common.faults import UserError
+from common.order import Stream, exact, largest_remainder, pack, shuffled, stable_order
+
+PASS, SUBSET, MIX, ROWS = 1, 2, 3, 4  # purposes: the second number of every seed, so that no two orders share a stream
+FORMAT = 1  # part of the fingerprint: raise it when the same input gives another order
+CHUNK = 1 << 20  # draws looked at together in a summary
+WEIGHT_UNITS = ("examples", "tokens", "trained_tokens")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The training examples of one data set. lengths, trained: (N,) tokens and trained tokens of each example.
+
+    A token that cannot be predicted (the first of an example) must not be counted as trained.
+    """
+
+    name: str
+    lengths: np.ndarray
+    trained: np.ndarray
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A mixture of some sources (by index), for a number of epochs or until an optimizer step of the run.
+
+    weights: relative, one for each source; None: every example once an epoch. n_samples: the stage keeps to this many
+    distinct examples of the source; None: all. Exactly one of epochs and until_step is given; epochs may be fractional.
+    """
+
+    name: str
+    sources: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+    n_samples: tuple[int | None, ...] | None = None
+    epochs: float | None = None
+    until_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Where an epoch lies in the plan. fraction: its size in epochs (1, or less at the end); n_rows: before any cut."""
+
+    stage: int
+    number: int
+    fraction: float
+    first_row: int
+    n_rows: int
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is the same for all stages. starts: (sources + 1,) first example of each; lengths, trained: (N,) tokens."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    trained: np.ndarray
+    max_seq_length: int
+    packing: bool
+    seed: int
+    weight_unit: str
+
+
+def make_plan(sources: list[Source], stages: list[Stage], *, max_seq_length: int, packing: bool, rows_per_step: int,
+              seed: int, max_steps: int = -1, weight_unit: str = "examples") -> Plan:
+    """Plan a whole run: `stages` one after the other, each for its epochs or until its step.
+
+    max_steps >= 0 cuts the run. Where there is one stage with epochs it overrides them, so that further epochs are
+    drawn if they are too few; several stages, or one with until_step, are only ever cut.
+    Each source is one stream through all stages: a later stage begins with what an earlier one left unused. What a cut
+    epoch (until_step) has drawn and not trained on goes back to the front of the streams.
+    UserError: settings that cannot be carried out, an example longer than max_seq_length, nothing to train on.
+    """
+    assert rows_per_step > 0 and seed >= 0 and weight_unit in WEIGHT_UNITS, (rows_per_step, seed, weight_unit)
+    _check_stages(sources, stages)
+    _check_examples(sources, stages, max_seq_length, weight_unit)
+    starts = np.cumsum([0, *(len(source.lengths) for source in sources)])
+    lengths = np.concatenate([np.asarray(source.lengths, np.int32) for source in sources])
+    trained = np.concatenate([np.asarray(source.trained, np.int32) for source in sources])
+    inputs = _Inputs(starts, lengths, trained, max_seq_length, packing, seed, weight_unit)
+    streams = [Stream(np.arange(a, b, dtype=_dtype_to(starts[-1])), seed, PASS, i)
+               for i, (a, b) in enumerate(zip(starts[:-1], starts[1:]))]
+
+    epochs: list[Epoch] = []
+    draws, row_sizes, step_bounds, stage_bounds = [], [], [np.zeros(1, np.int64)], [0]
+    n_rows = n_steps = 0
+    for index, stage in enumerate(stages):
+        until = _last_step(stage, n_steps, max_steps)
+        endless = stage.epochs is None or (max_steps >= 0 and len(stages) == 1)
+        first_row = n_rows
+        for epoch in _stage_epochs(inputs, streams, stage, index, None if endless else exact(stage.epochs),
+                                   None if until is None else (until - n_steps) * rows_per_step):
+            number, fraction, n_rows_drawn, drawn, sizes = epoch
+            epochs.append(Epoch(index, number, fraction, n_rows, n_rows_drawn))
+            draws.append(drawn)
+            row_sizes.append(sizes)
+            n_rows += len(sizes)
+        ends = np.minimum(np.arange(first_row, n_rows, rows_per_step, dtype=np.int64) + rows_per_step, n_rows)
+        step_bounds.append(ends)
+        n_steps += len(ends)
+        stage_bounds.append(n_steps)
+    if n_steps == 0 and max_steps != 0:
+        raise UserError("Nothing remains to train on: the epochs asked for are less than one example.")
+    plan = Plan(tuple(sources), tuple(stages), tuple(epochs), np.concatenate(draws or [np.empty(0, np.int32)]),
+                _bounds(row_sizes), np.concatenate(step_bounds), tuple(stage_bounds), starts, lengths, trained,
+                max_seq_length, packing, rows_per_step, weight_unit)
+    plan.check_steps()
+    return plan
+
+
+def _dtype_to(n: int) -> type:
+    """The integer type for numbers up to n."""
+    return np.int32 if n < 2**31 else np.int64
+
+
+def _bounds(sizes: list[np.ndarray]) -> np.ndarray:
+    """sizes 2 1 -> 0 2 3"""
+    total = sum(int(part.sum(dtype=np.int64)) for part in sizes)
+    bounds = np.zeros(sum(map(len, sizes)) + 1, _dtype_to(total))
+    np.cumsum(np.concatenate(sizes or [[]]), out=bounds[1:], dtype=bounds.dtype)
+    return bounds
+
+
+def _last_step(stage: Stage, n_steps: int, max_steps: int) -> int | None:
+    """The step at which the stage ends at the latest, counted from the start of the run; None: after its epochs."""
+    if max_steps >= 0 and (stage.until_step is None or stage.until_step >= max_steps or n_steps >= max_steps):
+        return max_steps
+    if stage.until_step is not None and stage.until_step <= n_steps:
+        raise UserError(f'stage "{stage.name}": until_step {stage.until_step} is not after the {n_steps} steps of the '
+                        "stages before it. It counts from the start of the run.")
+    return stage.until_step
+
+
+def _stage_epochs(inputs: _Inputs, streams: list[Stream], stage: Stage, index: int, n_epochs: Fraction | None,
+                  room: int | None) -> Iterator[tuple[int, float, int, np.ndarray, np.ndarray]]:
+    """Yield (number, fraction, rows before the cut, draws in the order of the rows, draws in each row) of each epoch,
+    until n_epochs are drawn or `room` rows are full (None: no limit)."""
+    mine = []
+    for i, limit in zip(stage.sources, stage.n_samples or [None] * len(stage.sources)):
+        whole = streams[i]
+        if limit is not None and limit < len(whole.members):
+            mine.append(Stream(whole.take_distinct(limit), inputs.seed, SUBSET, i, index))
+        else:
+            mine.append(whole)
+    for number in count():
+        fraction = Fraction(1) if n_epochs is None else min(Fraction(1), n_epochs - number)
+        if fraction <= 0 or room == 0:
+            return
+        draws = _epoch_draws(inputs, mine, stage, fraction)
+        draws, sizes = _epoch_rows(inputs, draws, index, number)
+        n_rows = len(sizes)
+        if room is not None:
+            sizes = sizes[:room]
+            room -= len(sizes)
+        if len(sizes) < n_rows:
+            n_used = int(sizes.sum(dtype=np.int64))
+            for stream in mine:
+                stream.give_back(draws[n_used:])
+            draws = draws[:n_used]
+        if len(draws):
+            yield number, float(fraction), n_rows, draws, sizes
+
+
+def _epoch_draws(inputs: _Inputs, streams: list[Stream], stage: Stage, fraction: Fraction) -> np.ndarray:
+    """The examples of one epoch of a stage, source after source."""
+    sizes = [len(stream.members) for stream in streams]
+    n_draws = int(sum(sizes) * fraction + Fraction(1, 2))
+    if stage.weights is None:
+        quotas = largest_remainder([Fraction(n) for n in sizes], n_draws)
+        return np.concatenate([stream.take_distinct(n) for stream, n in zip(streams, quotas)])
+    weights = [exact(weight) for weight in stage.weights]
+    if inputs.weight_unit == "examples":
+        quotas = largest_remainder(weights, n_draws)
+        return np.concatenate([stream.take(n) for stream, n in zip(streams, quotas)])
+    units = inputs.lengths if inputs.weight_unit == "tokens" else inputs.trained
+    n_units = sum(int(units[stream.members].sum(dtype=np.int64)) for stream in streams) * fraction
+    return np.concatenate([stream.take_units(n_units * weight / sum(weights), units)
+                           for stream, weight in zip(streams, weights) if weight])
+
+
+def _epoch_rows(inputs: _Inputs, draws: np.ndarray, stage: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(draws in the order of the rows, draws in each row): mixed, packed, and the rows in a seeded order, because
+    packing makes the rows of long examples first."""
+    draws = draws[shuffled(len(draws), inputs.seed, MIX, stage, epoch)]
+    if not inputs.packing:
+        return draws, np.ones(len(draws), np.int32)
+    row_of, n_rows = pack(inputs.lengths[draws], inputs.max_seq_length)
+    row_of = shuffled(n_rows, inputs.seed, ROWS, stage, epoch).astype(np.int32)[row_of]
+    return draws[stable_order(row_of)], np.bincount(row_of, minlength=n_rows).astype(np.int32)
+
+
+def _check_stages(sources: list[Source], stages: list[Stage]) -> None:
+    if not stages:
+        raise UserError("stages: there is none. Name at least one data set to train on.")
+    for stage in stages:
+        place, n = f'stage "{stage.name}"', len(stage.sources)
+        assert len(set(stage.sources)) == n, f"{place}: a source occurs twice"
+        if n == 0:
+            raise UserError(f"{place}: it has no data sets. Name at least one.")
+        if (stage.epochs is None) == (stage.until_step is None):
+            raise UserError(f"{place}: give either epochs or until_step.")
+        if stage.epochs is not None and not 0 < stage.epochs < float("inf"):
+            raise UserError(f"{place}: epochs is {stage.epochs}. It must be more than 0.")
+        if stage.weights is not None:
+            if len(stage.weights) != n:
+                raise UserError(f"{place}: {len(stage.weights)} weights for {n} data sets. Give one weight for each.")
+            if not all(0 <= weight < float("inf") for weight in stage.weights) or not any(stage.weights):
+                raise UserError(f"{place}: weights {' '.join(map(str, stage.weights))}. They must be numbers of 0 or "
+                                "more, and not all 0.")
+        for i, limit in zip(stage.sources, stage.n_samples or ()):
+            if limit is not None and limit < 1:
+                raise UserError(f"{place}: n_samples of {sources[i].name} is {limit}. It must be at least 1; leave the "
+                                "data set out if it is not to be used.")
+
+
+def _check_examples(sources: list[Source], stages: list[Stage], max_seq_length: int, weight_unit: str) -> None:
+    for source in sources:
+        assert len(source.lengths) == len(source.trained), source.name
+        if len(source.lengths) == 0:
+            continue
+        assert source.lengths.min() > 0 and source.trained.min() >= 0, source.name
+        assert np.all(source.trained <= source.lengths), source.name
+        longest = int(np.argmax(source.lengths))
+        if source.lengths[longest] > max_seq_length:
+            raise UserError(f"{source.name}: example {longest} has {source.lengths[longest]:,} tokens, more than "
+                            f"max_seq_length {max_seq_length:,}. Split, cut or drop it (too_long).")
+    for stage in stages:
+        used = [sources[i] for k, i in enumerate(stage.sources) if stage.weights is None or stage.weights[k]]
+        if not any(source.trained.any() for source in used):
+            raise UserError(f'stage "{stage.name}": nothing remains to train on; its data sets hold no trained token.')
+        for source in used if stage.weights is not None else ():
+            if len(source.lengths) == 0 or (weight_unit == "trained_tokens" and not source.trained.any()):
+                raise UserError(f'stage "{stage.name}": {source.name} has a weight, but no '
+                                f"{'examples' if len(source.lengths) == 0 else 'trained tokens'}. Leave it out.")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A whole run. Bounds are fence posts: row r is draws[row_bounds[r]:row_bounds[r + 1]], step s is the rows from
+    step_bounds[s] to step_bounds[s + 1], stage i the steps from stage_bounds[i]. Steps and stages count from 0.
+
+    draws: (D,) numbers of examples; those of source i begin at starts[i]. lengths, trained: (N,) tokens of each.
+    """
+
+    sources: tuple[Source, ...]
+    stages: tuple[Stage, ...]
+    epochs: tuple[Epoch, ...]
+    draws: np.ndarray
+    row_bounds: np.ndarray
+    step_bounds: np.ndarray
+    stage_bounds: tuple[int, ...]
+    starts: np.ndarray
+    lengths: np.ndarray
+    trained: np.ndarray
+    max_seq_length: int
+    packing: bool
+    rows_per_step: int
+    weight_unit: str
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.step_bounds) - 1
+
+    def step_rows(self, step: int) -> list[np.ndarray]:
+        """The rows of the global batch of one optimizer step; a row is int64 (k, 2): source and example, k times."""
+        return [self._pairs(draws) for draws in self._step_draws(step)]
+
+    def rank_rows(self, step: int, rank: int, world: int) -> list[np.ndarray]:
+        """The rows of the step for one of `world` processes, longest first; together they are exactly the step's rows.
+
+        The rows are sorted by tokens and dealt back and forth: 0 1 2 2 1 0 0 1 ..., so that the numbers of rows differ
+        by at most 1 and the tokens by little. With fewer rows than ranks some get none.
+        """
+        assert 0 <= rank < world, (rank, world)
+        rows = self._step_draws(step)
+        tokens = np.array([self.lengths[row].sum() for row in rows])
+        order = np.argsort(-tokens, kind="stable")
+        turn = np.arange(len(rows)) % (2 * world)
+        return [self._pairs(rows[i]) for i in order[np.minimum(turn, 2 * world - 1 - turn) == rank]]
+
+    def tokens(self, step: int) -> int:
+        """Tokens of the step, without padding."""
+        return int(self.lengths[self._step_slice(step)].sum(dtype=np.int64))
+
+    def trained_tokens(self, step: int) -> int:
+        """Trained tokens of the step over all ranks: what its loss is divided by. Never 0."""
+        return int(self.trained[self._step_slice(step)].sum(dtype=np.int64))
+
+    def stage_of(self, step: int) -> int:
+        """Index of the stage the step belongs to."""
+        assert 0 <= step < self.n_steps, (step, self.n_steps)
+        return bisect_right(self.stage_bounds, step) - 1
+
+    def epoch_of(self, step: int) -> float:
+        """Epochs of its stage that are done at the end of the step: 0.5 in the middle of the first, 1.0 at its end."""
+        last_row = int(self.step_bounds[step + 1]) - 1
+        epoch = self.epochs[bisect_right(self.epochs, last_row, key=lambda epoch: epoch.first_row) - 1]
+        return epoch.number + epoch.fraction * (last_row + 1 - epoch.first_row) / epoch.n_rows
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of everything that decides what is trained on in which order."""
+        digest = hashlib.sha256(f"plan {FORMAT} {self.n_steps} {self.stage_bounds}".encode())
+        for array in (self.starts, self.step_bounds, self.row_bounds, self.draws):
+            digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
+        return digest.hexdigest()
+
+    def check_steps(self) -> None:
+        """UserError if a step has no trained token: its loss would be 0/0."""
+        if self.n_steps:
+            first_draws = self.row_bounds[self.step_bounds[:-1]]
+            trained = np.add.reduceat(self.trained[self.draws], first_draws, dtype=np.int64)
+            if not trained.all():
+                step = int(np.argmin(trained))
+                source, example = self.step_rows(step)[0][0]
+                raise UserError(f"{self.sources[source].name}: example {example} and whatever else is in step {step + 1} "
+                                "have no trained token. Drop examples without one, or use more rows per step.")
+
+    def _step_slice(self, step: int) -> np.ndarray:
+        assert 0 <= step < self.n_steps, (step, self.n_steps)
+        first, end = self.row_bounds[self.step_bounds[step:step + 2]]
+        return self.draws[first:end]
+
+    def _step_draws(self, step: int) -> list[np.ndarray]:
+        draws = self._step_slice(step)
+        bounds = self.row_bounds[self.step_bounds[step]:self.step_bounds[step + 1] + 1]
+        return np.split(draws, bounds[1:-1] - bounds[0])
+
+    def _pairs(self, draws: np.ndarray) -> np.ndarray:
+        source = np.searchsorted(self.starts, draws, side="right") - 1
+        return np.stack([source, draws - self.starts[source]], axis=1)
+
+    def summary(self) -> dict:
+        """The arithmetic of the run, for plan.json and `describe`. Tokens are without padding; fill is tokens / (rows *
+        max_seq_length); passes are draws / examples; shares are parts of 1, share_asked is None without weights."""
+        drawn = [self._drawn(i) for i in range(len(self.stages))]
+        stages = []
+        for i, stage in enumerate(self.stages):
+            first, end = self.stage_bounds[i:i + 2]
+            used = list(stage.sources)
+            limits = stage.n_samples or [None] * len(used)
+            examples = [min(len(self.sources[k].lengths), limit or 2**62) for k, limit in zip(used, limits)]
+            asked = [None] * len(used) if stage.weights is None else [w / sum(stage.weights) for w in stage.weights]
+            stages.append({
+                "name": stage.name, "first_step": first, "end_step": end, "steps": end - first,
+                "epochs": self.epoch_of(end - 1) if end > first else 0.0, "examples_per_epoch": sum(examples),
+                "rows": int(self.step_bounds[end] - self.step_bounds[first]), **_totals(drawn[i]),
+                "sources": _shares([self.sources[k].name for k in used], examples, asked, drawn[i][used])})
+        total = _totals(sum(drawn))
+        n_rows = len(self.row_bounds) - 1
+        asked = {s["name"]: s["share_asked"] for s in stages[0]["sources"]} if len(stages) == 1 else {}
+        names = [source.name for source in self.sources]
+        table = _shares(names, np.diff(self.starts).tolist(), [asked.get(name) for name in names], sum(drawn))
+        for row, source in zip(table, self.sources):
+            row["tokens"] = int(np.sum(source.lengths, dtype=np.int64))
+            row["trained_tokens"] = int(np.sum(source.trained, dtype=np.int64))
+        return {"weight_unit": self.weight_unit, "packing": self.packing, "max_seq_length": self.max_seq_length,
+                "examples": len(self.lengths), **total, "rows": n_rows, "rows_per_step": self.rows_per_step,
+                "fill": total["tokens"] / max(n_rows * self.max_seq_length, 1),
+                "tokens_per_step": total["tokens"] / max(self.n_steps, 1), "steps": self.n_steps, "sources": table,
+                "stages": stages, "fingerprint": self.fingerprint()}
+
+    def _drawn(self, stage: int) -> np.ndarray:
+        """int64 (sources, 3): draws, tokens and trained tokens of each source in a stage."""
+        first, end = self.row_bounds[self.step_bounds[list(self.stage_bounds[stage:stage + 2])]]
+        table = np.zeros((len(self.sources), 3), np.int64)
+        for chunk in range(first, end, CHUNK):
+            draws = self.draws[chunk:min(chunk + CHUNK, end)]
+            source = np.searchsorted(self.starts, draws, side="right") - 1
+            for column, weights in enumerate((None, self.lengths[draws], self.trained[draws])):
+                table[:, column] += np.bincount(source, weights, len(self.sources)).astype(np.int64)
+        return table
+
+
+def _totals(drawn: np.ndarray) -> dict:
+    draws, tokens, trained = drawn.sum(axis=0).tolist()
+    return {"draws": draws, "tokens": tokens, "trained_tokens": trained}
+
+
+def _shares(names: list[str], examples: list[int], asked: list[float | None], drawn: np.ndarray) -> list[dict]:
+    shares = (drawn / np.maximum(drawn.sum(axis=0), 1)).tolist()
+    return [{"name": name, "examples": n, "draws": d[0], "drawn_tokens": d[1], "drawn_trained_tokens": d[2],
+             "passes": d[0] / max(n, 1), "share_asked": share_asked, "share_examples": share[0],
+             "share_tokens": share[1], "share_trained_tokens": share[2]}
+            for name, n, share_asked, d, share in zip(names, examples, asked, drawn.tolist(), shares)]
+
+
+def describe(summary: dict) -> str:
+    """The arithmetic of a plan in lines with units.
+
+    dolly15k  14,711 examples  2.9 M tokens (1.9 M trained)  9,600 drawn  0.65 x  share of examples 0.4000  (asked 0.4000)
+    rows 20,129 of 1,024 tokens, 99.9 % full; 16 rows per step = 16,384 tokens; 1,258 steps
+    """
+    unit = summary["weight_unit"]
+    one_stage = len(summary["stages"]) == 1
+    lines = [[s["name"], f"{s['examples']:,} examples",
+              f"{_short(s['tokens'])} tokens ({_short(s['trained_tokens'])} trained)", *_drawn_text(s, unit, one_stage)]
+             for s in summary["sources"]]
+    text = _aligned(lines)
+    for stage in () if one_stage else summary["stages"]:
+        text.append(f"stage {stage['name']}: steps {stage['first_step'] + 1:,} to {stage['end_step']:,}, "
+                    f"{stage['epochs']:.2f} epochs, {stage['rows']:,} rows, {_short(stage['tokens'])} tokens")
+        text += ["  " + line for line in _aligned([[s["name"], *_drawn_text(s, unit, True)] for s in stage["sources"]])]
+    text.append(f"drawn {summary['draws']:,} examples, {_short(summary['tokens'])} tokens "
+                f"({_short(summary['trained_tokens'])} trained)")
+    length, n = summary["max_seq_length"], summary["rows_per_step"]
+    if summary["packing"]:
+        text.append(f"rows {summary['rows']:,} of {length:,} tokens, {100 * summary['fill']:.1f} % full; "
+                    f"{n:,} rows per step = {n * length:,} tokens; {summary['steps']:,} steps")
+    else:
+        text.append(f"rows {summary['rows']:,} of one example, at most {length:,} tokens; {n:,} rows per step, "
+                    f"{summary['tokens_per_step']:,.0f} tokens on average; {summary['steps']:,} steps")
+    return "\n".join(text)
+
+
+def _drawn_text(source: dict, unit: str, with_share: bool) -> list[str]:
+    cells = [f"{source['draws']:,} drawn", f"{source['passes']:.2f} x"]
+    if with_share:
+        asked = source["share_asked"]
+        cells += [f"share of {unit.replace('_', ' ')} {source['share_' + unit]:.4f}",
+                  "" if asked is None else f"(asked {asked:.4f})"]
+    return cells
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    """Cells in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))]).rstrip()
+            for line in lines]
+
+
+def _short(n: int) -> str:
+    """1234 -> 1,234; 2900000 -> 2.9 M"""
+    return f"{n:,}" if n < 10**6 else f"{n / 1e6:,.1f} M" if n < 10**9 else f"{n / 1e9:,.2f} G"
+
+
+def micro_batches(rows: list[np.ndarray], per_device_rows: int) -> list[list[np.ndarray]]:
+    """The rows of a rank in groups of at most per_device_rows, in their order."""
+    return [rows[i:i + per_device_rows] for i in range(0, len(rows), per_device_rows)]
