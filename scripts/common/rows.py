@@ -1,0 +1,358 @@
+"""Files -> rows. A row is a conversation (`messages`) or a plain text; every published form becomes one of the two.
+
+    {"prompt": "Hi", "response": "Hello"}                   or "completion"; each a text or a list of messages
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "tools": [...]}
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    {"instruction": "Translate", "input": "Hallo", "output": "Hello"}        input is joined by a blank line
+    {"text": "plain text, all of it trained"}
+
+One form per file, that of its first good row. Where keys of several forms meet in a row the first of messages,
+conversations, prompt, instruction, text stands, and the rest are extra keys, which are allowed and not read.
+A row that cannot be used is a finding with file and line; an empty answer is dropped and counted.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.faults import UserError
+from common.records import Bad, RecordReader, kind_of, parse
+
+FORMS = {  # form -> keys that show it; the first key of the first form that is there and not null decides
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt": ("prompt", "response", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+NEEDED = {"messages": ("messages",), "conversations": ("conversations",), "prompt": ("prompt", "response"),
+          "instruction": ("instruction", "output"), "text": ("text",)}
+WAY_OUT = {
+    "messages": "Rows need messages, a list of {role, content}.",
+    "conversations": "Rows need conversations, a list of {from, value}.",
+    "prompt": "Rows need prompt and response, or messages.",
+    "instruction": "Rows need instruction and output, or prompt and response, or messages.",
+    "text": "Rows need text, or prompt and response, or messages.",
+}
+OPTIONAL = ("input", "system", "source", "id", "tools", "completion")
+ROLES = ("system", "user", "assistant", "tool")
+ROLE_MAP = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant",
+            "bing": "assistant", "bard": "assistant", "developer": "system", "function": "tool", "observation": "tool"}
+SHOWN = 20
+
+
+@dataclass(slots=True)
+class Row:
+    """One row. line: the line for JSONL and CSV (where the row starts), the row's number for JSON arrays and parquet.
+
+    messages: [{"role": system|user|assistant|tool, "content": str}], assistant ones also "train": bool, and where given
+    tool_calls, name, tool_call_id. Or None, and text is the plain text.
+    """
+
+    line: int
+    messages: list[dict] | None
+    text: str | None = None
+    tools: list | None = None
+    source: str | None = None
+    id: str | None = None
+
+    def first_prompt(self) -> str:
+        """The text that decides on which side of the split the row is: the first user message, or the plain text."""
+        if self.messages is None:
+            return self.text
+        for message in self.messages:
+            if message["role"] == "user":
+                return message["content"]
+        return self.messages[0]["content"]
+
+
+def row_to_json(row: Row) -> dict:
+    """The row in a form that RowReader reads back as an equal row ("train" is written where it is false)."""
+    if row.messages is None:
+        out: dict = {"text": row.text}
+    else:
+        out = {"messages": [{k: v for k, v in m.items() if k != "train" or not v} for m in row.messages]}
+    return out | {k: v for k, v in (("tools", row.tools), ("source", row.source), ("id", row.id)) if v is not None}
+
+
+class RowReader:
+    """Iterate over the good rows of a file; then the counts stand, and rows_in = rows_kept + n_bad + sum(dropped).
+
+    columns: our key -> the file's key, e.g. {"input": "context", "output": "response"}. role_map: further role names.
+    rows_in, rows_kept; bad: the first 20 findings "file:line: reason"; n_bad; dropped: reason -> rows; notes: what was
+    kept but changed -> count; sha256 of the file; form.
+    Raises UserError at the end if rows are bad, unless skip_bad_rows; at once if the file as a whole cannot be read.
+    """
+
+    def __init__(self, path: str | Path, *, skip_bad_rows: bool = False, role_map: dict[str, str] | None = None,
+                 columns: dict[str, str] | None = None):
+        self.path, self.skip_bad_rows, self.columns = Path(path), skip_bad_rows, columns or {}
+        self.roles = {r: r for r in ROLES} | ROLE_MAP | (role_map or {})
+        for name, role in (role_map or {}).items():
+            if role not in ROLES:
+                raise UserError(f'role map: "{name}" is mapped to "{role}", which is no role. '
+                                f'Roles: {", ".join(ROLES)}.')
+        self.bad: list[str] = []
+        self.dropped: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self.rows_in = self.rows_kept = self.n_bad = 0
+        self.sha256: str | None = None
+        self.form: str | None = None
+        self._form_line = 0
+        self._tabular = False  # CSV: lists arrive as JSON text
+
+    def __iter__(self) -> Iterator[Row]:
+        self.__init__(self.path, skip_bad_rows=self.skip_bad_rows, columns=self.columns,
+                      role_map={k: v for k, v in self.roles.items() if k not in ROLES})
+        ours = {key for keys in FORMS.values() for key in keys} | set(OPTIONAL)
+        records = RecordReader(self.path, columns=ours | set(self.columns.values()))
+        for number, line, record in records:
+            if self.rows_in == 0:
+                self._check_columns(records)
+            self.rows_in += 1
+            try:
+                if type(record) is not dict:
+                    raise record
+                row = self._row(number, record)
+            except Bad as fault:
+                self.n_bad += 1
+                if self.n_bad <= SHOWN:
+                    place = "" if number == line and records.line_is_row else f"row {number}: "
+                    self.bad.append(f"{self.path}:{line}: {place}{fault}")
+                continue
+            if row is not None:
+                self.rows_kept += 1
+                yield row
+        self.sha256 = records.sha256
+        if self.n_bad and (not self.skip_bad_rows or self.n_bad == self.rows_in):
+            raise UserError(self._all_findings())
+
+    def _all_findings(self) -> str:
+        more = f"\n… and {self.n_bad - SHOWN:,} more" if self.n_bad > SHOWN else ""
+        ways = "Mend the file." if self.n_bad == self.rows_in else \
+            "Mend them, or go on without them with --skip_bad_rows."
+        rows = f"{self.n_bad:,} of {self.rows_in:,} rows " + ("is bad" if self.n_bad == 1 else "are bad")
+        return "\n".join(self.bad) + f"{more}\n{self.path}: {rows}. {ways}"
+
+    def _check_columns(self, records: RecordReader) -> None:
+        """CSV and parquet: a needed column that is missing is one finding, not one for each row."""
+        names = records.column_names
+        if names is None:
+            return
+        self._tabular = self.path.suffix != ".parquet"
+        present = self._renamed(dict.fromkeys(names, ""))
+        form = next((f for f, keys in FORMS.items() if any(k in present for k in keys)), None)
+        if form == "prompt" and "completion" in present:
+            present["response"] = ""
+        missing = [self.columns.get(k, k) for k in NEEDED.get(form, ()) if k not in present]
+        if form is None or missing:
+            finding = f'column "{missing[0]}" is missing' if missing else "no column of a known form"
+            raise UserError(f"{self.path}:1: {finding} (columns: {', '.join(names)}). "
+                            f"{WAY_OUT[form or 'prompt']}")
+
+    def _renamed(self, record: dict) -> dict:
+        if not self.columns:
+            return record
+        named = {ours: record[theirs] for ours, theirs in self.columns.items() if theirs in record}
+        taken = set(self.columns.values())
+        return {k: v for k, v in record.items() if k not in taken and k not in self.columns} | named
+
+    def _row(self, number: int, record: dict) -> Row | None:
+        """Return the row, or None if it is useless (counted); raise Bad."""
+        if self.columns:
+            record = self._renamed(record)
+        form = _form_of(record)
+        if form is None:
+            raise Bad(f"no known form (keys: {', '.join(record) or 'none'}). {WAY_OUT['prompt']}")
+        if self.form is not None and form != self.form:
+            raise Bad(f"two forms in a file: this row is of the form {form}, the file began with {self.form} "
+                      f"(row {self._form_line}). Put the rows in two files.")
+        if form == "text":
+            messages, text = None, self._text(record, "text", form)
+        else:
+            messages, text = getattr(self, f"_{form}")(record), None
+        system = record.get("system")
+        if system is not None and system != "" and messages is not None:
+            self._add_system(messages, self._text(record, "system", form))
+        tools = self._tools(record.get("tools")) if messages is not None else None
+        row = Row(number, messages, text, tools, _label(record, "source"), _label(record, "id"))
+        if self.form is None:
+            self.form, self._form_line = form, number
+        return row if self._useful(row) else None
+
+    def _useful(self, row: Row) -> bool:
+        if row.messages is None:
+            if row.text and not row.text.isspace():
+                return True
+            self.dropped["empty text"] += 1
+            return False
+        trained = empty = 0
+        for message in row.messages:
+            if message["role"] == "assistant" and message["train"]:
+                content = message["content"]
+                if content and not content.isspace() or "tool_calls" in message:
+                    trained += 1
+                else:  # training it would teach to end at once
+                    message["train"] = False
+                    empty += 1
+        if not trained:
+            self.dropped["empty answer" if empty else "no answer to train"] += 1
+        elif empty:
+            self.notes["empty assistant turns not trained"] += empty
+        return trained > 0
+
+    # one method for each form: record -> messages
+
+    def _prompt(self, record: dict) -> list[dict]:
+        key = "response" if record.get("response") is not None or "completion" not in record else "completion"
+        prompt, response = record.get("prompt"), record.get(key)
+        if type(prompt) is str and type(response) is str and "\0" not in prompt and "\0" not in response:
+            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response, "train": True}]
+        if isinstance(prompt, list):
+            before = self._messages_of(prompt, "prompt")
+            for message in before:
+                if message["role"] == "assistant":
+                    message["train"] = False  # context; a trained earlier turn belongs in the messages form
+        else:
+            before = [{"role": "user", "content": self._text(record, "prompt", "prompt")}]
+        if isinstance(response, list):
+            after = self._messages_of(response, key)
+            if not any(m["role"] == "assistant" for m in after):
+                raise Bad(f'no assistant message in "{key}". There is nothing to learn from the row.')
+        else:
+            after = [{"role": "assistant", "content": self._text(record, key, "prompt"), "train": True}]
+        return before + after
+
+    def _instruction(self, record: dict) -> list[dict]:
+        instruction = self._text(record, "instruction", "instruction")
+        more = self._text(record, "input", "instruction") if record.get("input") is not None else ""
+        return [{"role": "user", "content": join_input(instruction, more)},
+                {"role": "assistant", "content": self._text(record, "output", "instruction"), "train": True}]
+
+    def _messages(self, record: dict, key: str = "messages") -> list[dict]:
+        value = record[key]
+        if self._tabular and isinstance(value, str):
+            value = parse(value)
+        if not isinstance(value, list):
+            raise Bad(f'"{self._name(key)}" is {kind_of(value)}. {WAY_OUT[key]}')
+        messages = self._messages_of(value, key)
+        if not any(m["role"] == "assistant" for m in messages):
+            raise Bad("no assistant message. There is nothing to learn from the row.")
+        return messages
+
+    def _conversations(self, record: dict) -> list[dict]:
+        return self._messages(record, "conversations")
+
+    def _messages_of(self, values: list, key: str) -> list[dict]:
+        if not values:
+            raise Bad(f'"{self._name(key)}" is an empty list. Rows need at least one user and one assistant message.')
+        return [self._message(value, f'message {i} of "{self._name(key)}"') for i, value in enumerate(values, 1)]
+
+    def _message(self, value: object, place: str) -> dict:
+        if not isinstance(value, dict):
+            raise Bad(f"{place} is {kind_of(value)}. A message is {{role, content}}.")
+        role_key, content_key = ("from", "value") if "from" in value and "role" not in value else ("role", "content")
+        role, content = value.get(role_key), value.get(content_key)
+        if role is None:
+            raise Bad(f'{place} has no "{role_key}" (keys: {", ".join(value)}). A message is {{role, content}}.')
+        known = self.roles.get(role) if isinstance(role, str) else None
+        if known is None:
+            raise Bad(f'{place} has the unknown role {role!r} (known: {", ".join(self.roles)}). Rename it, or map it '
+                      "to one of them in role_map.")
+        message = {"role": known, "content": self._content(content, content_key, value, place)}
+        train = value.get("train")
+        if train is not None and not isinstance(train, bool):
+            raise Bad(f'"train" of {place} is {kind_of(train)} ({train!r}). It has to be true or false.')
+        if known == "assistant":
+            message["train"] = train is not False
+        elif train:
+            raise Bad(f'"train" of {place} is true, but its role is {known}. Only assistant messages are trained.')
+        if len(value) > 2:
+            self._add_extras(message, value, place)
+        return message
+
+    def _content(self, content: object, key: str, message: dict, place: str) -> str:
+        if isinstance(content, str):
+            if "\0" in content:
+                raise Bad(f"a NUL byte in {place}. Remove it; the file may be damaged.")
+            return content
+        if content is None:
+            if message.get("tool_calls"):
+                return ""
+            finding = "is null" if key in message else f"is missing (keys: {', '.join(message)})"
+            raise Bad(f'"{key}" of {place} {finding}. Give it a text, or tool_calls.')
+        if not isinstance(content, list):
+            raise Bad(f'"{key}" of {place} is {kind_of(content)}. It has to be a text or a list of text parts.')
+        for part in content:
+            what = part.get("type") or "text" if isinstance(part, dict) else None
+            if what != "text" or not isinstance(part.get("text"), str):
+                raise Bad(f'"{key}" of {place} has a part that is no text ({what or kind_of(part)}). '
+                          'Only parts {"type": "text", "text": …} can be used.')
+        return self._content("".join(part["text"] for part in content), key, message, place)
+
+    def _add_extras(self, message: dict, value: dict, place: str) -> None:
+        calls = value.get("tool_calls")
+        if calls:
+            if message["role"] != "assistant":
+                raise Bad(f'"tool_calls" in {place}, whose role is {message["role"]}. Only the assistant calls tools.')
+            if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+                raise Bad(f'"tool_calls" of {place} is {kind_of(calls)}. It has to be a list of objects.')
+            message["tool_calls"] = calls
+        for key in ("name", "tool_call_id"):
+            if isinstance(value.get(key), str):
+                message[key] = value[key]
+
+    def _add_system(self, messages: list[dict], system: str) -> None:
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        elif messages[0]["content"] != system:
+            raise Bad('"system" and the system message differ. Keep one of them.')
+
+    def _tools(self, tools: object) -> list | None:
+        if isinstance(tools, str) and tools:  # parquet and CSV cannot hold free objects: the list comes as JSON text
+            tools = parse(tools)
+        if not tools and (tools is None or isinstance(tools, (str, list))):
+            return None
+        if not isinstance(tools, list):
+            raise Bad(f'"tools" is {kind_of(tools)}. It has to be a list of tool descriptions.')
+        return tools
+
+    def _text(self, record: dict, key: str, form: str) -> str:
+        value = record.get(key)
+        if isinstance(value, str):
+            if "\0" in value:
+                raise Bad(f'a NUL byte in "{self._name(key)}". Remove it; the file may be damaged.')
+            return value
+        finding = f"is {kind_of(value)}" if key in record else f"is missing (keys: {', '.join(record)})"
+        raise Bad(f'"{self._name(key)}" {finding}. {WAY_OUT[form]}')
+
+    def _name(self, key: str) -> str:
+        return self.columns.get(key, key)
+
+
+def join_input(instruction: str, more: str) -> str:
+    """Instruction and its input or context, with a blank line between where both hold something."""
+    if not more or more.isspace():
+        return instruction
+    return f"{instruction}\n\n{more}" if instruction else more
+
+
+def _form_of(record: dict) -> str | None:
+    for form, keys in FORMS.items():
+        for key in keys:
+            if record.get(key) is not None:
+                return form
+    return next((form for form, keys in FORMS.items() for key in keys if key in record), None)
+
+
+def _label(record: dict, key: str) -> str | None:
+    value = record.get(key)
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Bad(f'"{key}" is {kind_of(value)}. It has to be a text, a number or null.')
+    return str(value)
