@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common.faults import UserError
+from common.structured import read_structured
 
 LEVELS = {"default": 0, "file": 1, "command line": 2}
 FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".csv", ".parquet", ".model", ".jinja", ".yaml", ".yml", ".txt")
@@ -91,6 +93,7 @@ def setting(default: Any, help: str, *, unit: str = "", choices: tuple = (), nar
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@functools.cache
 def settings_of(cls: type) -> dict[str, Setting]:
     """The table of a dataclass: name -> Setting, in order."""
     hints, table, group = typing.get_type_hints(cls), {}, ""
@@ -233,7 +236,8 @@ def _from_text(text: str, s: Setting) -> Any:
     if s.base is float and (_NUMBER.fullmatch(text) or text.lower().lstrip("+-") in ("nan", "inf", "infinity")):
         return float(text)
     if s.base in (int, float):
-        raise _Refused(f"{show(text)} is not {_needs(s, many=False)}")
+        raise _Refused(f"{show(text)} is not {_needs(s, many=False)}"
+                       + (". Separate values by spaces" if s.many and "," in text else ""))
     return text
 
 
@@ -253,6 +257,8 @@ def _from_words(words: list[str], s: Setting, flag: str) -> Any:
         raise _Refused(f"it takes one value, {len(words)} follow: {show(' '.join(words))}. Quote a value with spaces")
     if words == ["none"] and s.optional and "none" not in s.choices + s.words:
         return None
+    if words == ["none"] and s.many and s.default == []:
+        return []
     if len(words) == 1 and words[0] in s.words:
         return words[0]
     values = [_from_text(word, s) for word in words]
@@ -275,7 +281,7 @@ def _read_flags(table: dict[str, Setting], argv: list[str], hints: dict, problem
         if flag not in flags:
             known = "--" + hints[flag[2:]] if flag[2:] in hints else nearest(flag, flags)
             problems.append(f"{flag}: there is no such flag. " + (f"Did you mean {known}?" if known else "See --help."))
-            refused.add(flags[known].name if known else flag)
+            refused.update({flags[known].name} if known in flags else ())
             continue
         s = flags[flag]
         if s.name in seen:
@@ -291,71 +297,6 @@ def _read_flags(table: dict[str, Setting], argv: list[str], hints: dict, problem
     return values
 
 
-def read_structured(path: str) -> Any:
-    """A JSON or YAML file (by extension) as python has it; duplicate keys and NaN are refused. UserError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-    except OSError as fault:
-        raise UserError(f"{path}: it cannot be read ({fault.strerror}). Name a JSON or YAML file.") from None
-    except UnicodeDecodeError as fault:
-        raise UserError(f"{path}: byte {fault.start} is not UTF-8. Save the file as UTF-8.") from None
-    try:
-        if path.endswith((".yaml", ".yml")):
-            return _read_yaml(path, text)
-        if path.endswith(".json"):
-            return _read_json(path, text)
-    except RecursionError:
-        raise UserError(f"{path}: it is nested too deeply. Settings have three levels at most.") from None
-    raise UserError(f"{path}: the extension says neither JSON nor YAML. Name it .json, .yaml or .yml.")
-
-
-def _read_json(path: str, text: str) -> Any:
-    twice = []
-
-    def pairs(items: list[tuple[str, Any]]) -> dict:
-        keys = [key for key, _ in items]
-        twice.extend(sorted({key for key in keys if keys.count(key) > 1}))
-        return dict(items)
-
-    try:
-        data = json.loads(text, object_pairs_hook=pairs)
-    except json.JSONDecodeError as fault:
-        raise UserError(f"{path}:{fault.lineno}: this is not JSON ({fault.msg}, column {fault.colno}). JSON has no "
-                        "comments and no comma before a closing bracket.") from None
-    except ValueError:  # more digits than int() reads
-        raise UserError(f"{path}: a number has thousands of digits. Shorten it.") from None
-    if twice:
-        raise UserError("\n".join(f"{path}: {key}: the key stands twice. Keep one." for key in twice))
-    return data
-
-
-def _read_yaml(path: str, text: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """SafeLoader that refuses a repeated key."""
-
-    def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise UserError(f"{path}:{key.start_mark.line + 1}: {key.value}: the key stands twice. Keep one.")
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
-        loader.flatten_mapping(node)
-        return loader.construct_mapping(node, deep=True)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        return yaml.load(text, Loader=Loader)  # noqa: S506 (a subclass of SafeLoader: no python objects)
-    except yaml.YAMLError as fault:
-        mark = getattr(fault, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: this is not YAML ({getattr(fault, 'problem', None) or fault}).") from None
-    except ValueError as fault:  # a date that does not exist, a number of thousands of digits
-        raise UserError(f"{path}: a value cannot be read ({fault}). Put it in quotes.") from None
-
-
 def _read_object(cls: type, data: dict, place: str, file: str, hints: dict, problems: list[str], refused: set) -> dict:
     """Keys and values of a JSON object -> {name: checked value}; nested dataclasses become instances."""
     table, values, folder = settings_of(cls), {}, os.path.dirname(file)
@@ -365,7 +306,7 @@ def _read_object(cls: type, data: dict, place: str, file: str, hints: dict, prob
             known = hints.get(key) or nearest(str(key), table)
             problems.append(f"{place}{key}: there is no such setting. "
                             + (f"Did you mean {known}?" if known else f"There are: {', '.join(table)}."))
-            refused.add(known or key)
+            refused.update({known} if known else ())
             continue
         try:
             if dataclasses.is_dataclass(s.base):
@@ -386,9 +327,10 @@ def _read_list(s: Setting, value: Any, place: str, file: str, problems: list[str
         raise _Refused(f"{show(value)} is not a list of objects")
     made, before = [], len(problems)
     for i, entry in enumerate(value):
-        inner = _read_object(s.base, entry, f"{place}[{i}].", file, {}, problems, refused)
+        wrong: set[str] = set()
+        inner = _read_object(s.base, entry, f"{place}[{i}].", file, {}, problems, wrong)
         for key, t in settings_of(s.base).items():
-            if t.required and key not in entry:
+            if t.required and key not in wrong and inner.get(key) in (None, "", []):
                 problems.append(f"{place}[{i}].{key}: it is missing. {t.help}")
         made.append(s.base(**inner))
     if len(problems) > before:
@@ -453,7 +395,7 @@ def place(config: Any, name: str) -> str:
     if origin == "command line":
         s, value = settings_of(type(config))[name], getattr(config, name)
         return s.flags()[-1 if value is False else 0]
-    return f"{config.config_path}: {name}" if origin == "file" else f"{name} (default)"
+    return f"{getattr(config, 'config_path', 'the config file')}: {name}" if origin == "file" else f"{name} (default)"
 
 
 def level(config: Any, name: str) -> int:
@@ -534,8 +476,8 @@ def _usage(s: Setting) -> str:
 def help_text(cls: type, description: str) -> str:
     """The text of --help: the script's docstring, then every setting by group."""
     width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
-    lines, group = [description.strip(), "", "Settings: default < --config_path FILE < command line. `none` empties "
-                    "a setting that may be empty.", "  -h, --help  this text"], None
+    lines, group = [description.strip(), "", "Settings: default < config file < command line. `none` empties a "
+                    "setting that may be empty.", "  -h, --help  this text"], None
     for s in settings_of(cls).values():
         if s.group != group:
             group = s.group

@@ -6,6 +6,7 @@ what one setting says about another: `settle` fills in what depends on others, `
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -195,8 +196,12 @@ class SftConfig:
     verify_resume: bool = setting(False, "Prove on this machine and data that a resumed run equals an uninterrupted "
                                   "one (exit status 1 if not).", action=True)
 
+    def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = LORA_RATE if self.use_lora else FULL_RATE
+
     def settle(self) -> list[str]:
-        """Fill in what depends on other settings; a line for each value of a file that gave way to the command line."""
+        """A weaker value that excludes a stronger one gives way; a line for each value of a file that did."""
         notes: list[str] = []
 
         def give_way(name: str, to: str, value: object) -> None:
@@ -218,8 +223,6 @@ class SftConfig:
             give_way("val_split_ratio", "val_dataset_paths", 0.0)
         if not self.validates():
             give_way("early_stopping_patience", "val_split_ratio", None)
-        if self.learning_rate is None:
-            self.learning_rate = LORA_RATE if self.use_lora else FULL_RATE
         return notes
 
     def validates(self) -> bool:
@@ -243,9 +246,7 @@ class SftConfig:
 
 def dataset_name(path: str) -> str:
     """The name of a data set: its file name without extension; 'data/sft/alpaca.jsonl.gz' -> 'alpaca'."""
-    name = os.path.basename(path.rstrip("/"))
-    name = name.removesuffix(".gz")
-    return os.path.splitext(name)[0] or name
+    return re.sub(r"\.(jsonl|json|csv|parquet)(\.gz)?$", "", os.path.basename(path.rstrip("/")))
 
 
 def _data_problems(c: SftConfig) -> list[str]:
@@ -265,12 +266,12 @@ def _data_problems(c: SftConfig) -> list[str]:
                                 ("stages", [] if c.dataset_paths else c.all_dataset_paths())):
         names: dict[str, str] = {}
         for path in paths:
-            other = names.setdefault(dataset_name(path), path)
-            if other is path:
-                continue
-            finding = f"{path} stands twice. Name it once" if other == path else \
-                f"{other} and {path} would both be called {dataset_name(path)}. Rename one of the files"
-            found.append(f"{place(c, setting_name)}: {finding}.")
+            name = dataset_name(path)
+            if name in names:
+                finding = f"{path} stands twice. Name it once" if names[name] == path else \
+                    f"{names[name]} and {path} would both be called {name}. Rename one of the files"
+                found.append(f"{place(c, setting_name)}: {finding}.")
+            names[name] = path
     roles = ("system", "user", "assistant", "tool")
     found += [f"{place(c, 'role_map')}: {entry!r} is not NAME=ROLE. Write e.g. human=user; roles: {', '.join(roles)}."
               for entry in c.role_map if entry.partition("=")[2] not in roles or entry.startswith("=")]
