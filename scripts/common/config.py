@@ -305,7 +305,8 @@ def _read_object(cls: type, data: dict, place: str, file: str, hints: dict, prob
         if s is None:
             known = hints.get(key) or nearest(str(key), table)
             problems.append(f"{place}{key}: there is no such setting. "
-                            + (f"Did you mean {known}?" if known else f"There are: {', '.join(table)}."))
+                            + (f"Did you mean {known}?" if known else "See --help." if len(table) > 9 else
+                               f"There are: {', '.join(table)}."))
             refused.update({known} if known else ())
             continue
         try:
