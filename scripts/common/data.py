@@ -1,0 +1,298 @@
+"""Files -> tokenised data sets (memory-mapped, cached by content) -> train, validation and test examples.
+
+A data set in the cache is a directory `<file stem>-<first 7 of its key>/`: flat int32 token ids, one byte a token that
+says whether it is trained, offsets, the line each example came from, and a hash of its first prompt. The key covers the
+file's bytes, the tokenizer, the template, the lengths and the format; `meta.json` holds it in full.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from common.chat import Chat, Encoded
+from common.faults import UserError
+from common.settings import dataset_name
+from common.rows import Row, RowReader, row_to_json
+
+FORMAT = 1  # part of the key: raise it when what is stored changes
+BATCH_ROWS = 2000  # rows tokenised in one call: enough for all cores, small enough for a laptop
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The tokenised examples of one file. N examples, T tokens in all."""
+
+    name: str  # file stem
+    path: str
+    input_ids: np.ndarray  # int32 (T,)
+    trained: np.ndarray  # bool (T,): the token is a target of the loss
+    offsets: np.ndarray  # int64 (N + 1,)
+    lines: np.ndarray  # int64 (N,): line or row number in the file
+    groups: np.ndarray  # uint64 (N,): hash of the normalised first prompt
+    trained_counts: np.ndarray  # int32 (N,)
+    meta: dict
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per example, int32 (N,)."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    def example(self, index: int) -> Encoded:
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return Encoded(np.asarray(self.input_ids[part]), np.asarray(self.trained[part]))
+
+    def place(self, index: int) -> str:
+        """file:line of an example."""
+        return f"{self.path}:{self.lines[index]}"
+
+
+def load_dataset(path: str | Path, chat: Chat, *, max_seq_length: int, too_long: str = "split",
+                 skip_bad_rows: bool = False, role_map: dict[str, str] | None = None, cache_dir: str | Path,
+                 progress: Callable[[Iterable], Iterable] = iter) -> Dataset:
+    """Tokenise a file once and open it memory-mapped; a cached copy is used only if its key is equal.
+
+    Raise UserError for bad rows (all counted, the first ones shown) and when no row with a trained token is left.
+    """
+    path = Path(path)
+    key = {"file": _sha256(path), "chat": chat.fingerprint(), "max_seq_length": max_seq_length, "too_long": too_long,
+           "skip_bad_rows": skip_bad_rows, "role_map": role_map or {}, "format": FORMAT}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    stem = dataset_name(str(path))
+    place = Path(cache_dir) / f"{stem}-{digest[:7]}"
+    if _meta(place).get("sha256") != digest:
+        work = place.with_name(f".{place.name}.{os.getpid()}")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            reader = RowReader(path, skip_bad_rows=skip_bad_rows, role_map=role_map)
+            meta = _tokenise(reader, chat, max_seq_length, too_long, work, progress)
+            (work / "meta.json").write_text(json.dumps({**meta, "sha256": digest, "key": key, "file": str(path)}, indent=1))
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(work, place)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return _open(place, stem, str(path))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory. Name the files in it.") from None
+    except OSError as fault:
+        raise UserError(f"{path}: {fault.strerror}. Make it with scripts/prepare_sft_datasets.py, or check the path.") from None
+
+
+def _meta(place: Path) -> dict:
+    try:
+        return json.loads((place / "meta.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _open(place: Path, name: str, path: str) -> Dataset:
+    arrays = {x: np.load(place / f"{x}.npy", mmap_mode="r") for x in ("offsets", "lines", "groups", "trained_counts")}
+    return Dataset(name, path, np.memmap(place / "input_ids.bin", np.int32, "r"),
+                   np.memmap(place / "trained.bin", np.bool_, "r"), **arrays, meta=_meta(place))
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch
+
+
+def _tokenise(reader: RowReader, chat: Chat, max_seq_length: int, too_long: str, place: Path,
+              progress: Callable[[Iterable], Iterable]) -> dict:
+    """Read, encode, fit to length and write the arrays of one data set; return the counts for meta.json."""
+    counts: Counter[str] = Counter()
+    lengths, lines, groups, trained_counts = array("i"), array("q"), array("Q"), array("i")
+    apart = chat.encoded_apart
+    with open(place / "input_ids.bin", "wb") as ids_file, open(place / "trained.bin", "wb") as trained_file:
+        for batch in _batches(progress(reader)):
+            for row, encoded in zip(batch, chat.encode_rows(batch)):
+                counts["tokens_before_fitting"] += len(encoded.input_ids)
+                for example in fit(row, encoded, chat, max_seq_length, too_long, counts):
+                    ids_file.write(example.input_ids.tobytes())
+                    trained_file.write(example.trained.tobytes())
+                    lengths.append(len(example.input_ids))
+                    trained_counts.append(int(example.trained.sum()))
+                    lines.append(row.line)
+                    groups.append(prompt_hash(row.first_prompt()))
+    if not lengths:
+        reasons = {**reader.dropped, **{k: n for k, n in counts.items() if k.startswith("dropped: ")}}
+        raise UserError(f"{reader.path}: no row with anything to train on is left ({reasons or 'the file has no rows'}).")
+    np.save(place / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+    np.save(place / "lines.npy", np.array(lines, np.int64))
+    np.save(place / "groups.npy", np.array(groups, np.uint64))
+    np.save(place / "trained_counts.npy", np.array(trained_counts, np.int32))
+    dropped = Counter(reader.dropped)
+    dropped.update({k.removeprefix("dropped: "): n for k, n in counts.items() if k.startswith("dropped: ")})
+    return {"rows_in": reader.rows_in, "rows_bad": reader.n_bad, "examples": len(lengths), "tokens": int(sum(lengths)),
+            "trained_tokens": int(sum(trained_counts)), "dropped": dict(dropped), "rows_split": counts["rows split"],
+            "rows_cut": counts["rows cut"], "encoded_apart": chat.encoded_apart - apart, "form": reader.form}
+
+
+def fit(row: Row, encoded: Encoded, chat: Chat, max_seq_length: int, too_long: str, counts: Counter) -> list[Encoded]:
+    """Make a row fit: [] (dropped, counted), one example, or several windows of at most max_seq_length tokens."""
+    if not encoded.trained.any():
+        counts["dropped: no trained token"] += 1
+        return []
+    if len(encoded.input_ids) <= max_seq_length:
+        return [encoded]
+    if too_long == "drop":
+        counts["dropped: too long"] += 1
+        return []
+    if too_long == "cut":
+        cut = Encoded(encoded.input_ids[:max_seq_length], encoded.trained[:max_seq_length])
+        if not cut.trained.any():
+            counts["dropped: too long, the cut left no answer"] += 1
+            return []
+        counts["rows cut"] += 1
+        return [cut]
+    windows = _text_windows(encoded, max_seq_length) if row.messages is None else \
+        _message_windows(row, chat, max_seq_length, counts)
+    counts["rows split"] += bool(windows)
+    return windows
+
+
+def _text_windows(encoded: Encoded, size: int) -> list[Encoded]:
+    """Windows that overlap by one token, so that each token but the very first is predicted exactly once.
+
+    a b c d e, size 3 -> [a b c] [c d e], trained 0 1 1 and 0 1 1.
+    """
+    windows = []
+    for start in range(0, len(encoded.input_ids) - 1, size - 1):
+        trained = encoded.trained[start:start + size].copy()
+        trained[0] = False
+        windows.append(Encoded(encoded.input_ids[start:start + size], trained))
+    return windows
+
+
+def _message_windows(row: Row, chat: Chat, size: int, counts: Counter) -> list[Encoded]:
+    """Cut a conversation after answers; the leading system turns go into every window, each answer is trained once."""
+    messages = row.messages
+    if chat.assistant_turns == "last":  # the windows must not each train their own last answer
+        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        messages = [{**m, "train": m.get("train", True) and i == last} for i, m in enumerate(messages)]
+    lead = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    system, exchanges = messages[:lead], _exchanges(messages[lead:])
+
+    def encode(parts: list[list[dict]]) -> Encoded:
+        window = Row(row.line, system + [m for part in parts for m in part], None, row.tools, row.source, row.id)
+        return chat.encode_rows([window])[0]
+
+    windows: list[Encoded] = []
+    current: list[list[dict]] = []
+    best: Encoded | None = None  # `current`, encoded
+    for exchange in exchanges:
+        attempt = encode([*current, exchange])
+        if best is not None and best.trained.any() and len(attempt.input_ids) > size:
+            windows.append(best)
+            current = []
+            attempt = encode([exchange])
+        while len(attempt.input_ids) > size and current:  # only context so far: keep the latest of it
+            current = current[1:]
+            attempt = encode([*current, exchange])
+        if len(attempt.input_ids) > size:
+            counts["dropped: a single turn too long"] += any(m.get("train") for m in exchange)
+            current, best = [], None
+        else:
+            current, best = [*current, exchange], attempt
+    if best is not None and best.trained.any():
+        windows.append(best)
+    return windows
+
+
+def _exchanges(messages: list[dict]) -> list[list[dict]]:
+    """user assistant tool assistant user -> [user assistant] [tool assistant]; what follows the last answer is left."""
+    exchanges, start = [], 0
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            exchanges.append(messages[start:i + 1])
+            start = i + 1
+    return exchanges
+
+
+def prompt_hash(prompt: str) -> int:
+    """First 64 bits of sha256 of the normalised prompt (NFKC, case folded, runs of white space as one space)."""
+    normal = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    return int.from_bytes(hashlib.sha256(normal.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+@dataclass
+class Split:
+    """Example indices of each data set on each side, and what had to be said about it."""
+
+    train: list[np.ndarray]
+    val: list[np.ndarray]
+    test: list[np.ndarray]
+    notes: list[str]
+
+
+def split(datasets: list[Dataset], val_ratio: float, test_ratio: float, val_from: list[str] | None = None,
+          val_groups: np.ndarray | None = None) -> Split:
+    """Split by the hash of the first prompt alone: the same prompt is on one side, in all data sets and for ever.
+
+    A hash below val_ratio (of the whole range) is validation, the next test_ratio is test, the rest is training.
+    val_from: only these data sets give validation rows; the same prompts elsewhere are left out of training.
+    val_groups: hashes of prompts in validation files of the user's own; they are left out of training too.
+    A side that would be empty takes the prompt with the lowest hash.
+    """
+    notes: list[str] = []
+    sources = [d for d in datasets if not val_from or d.name in val_from]
+    own = np.unique(np.concatenate([d.groups for d in sources]))
+    everything = np.unique(np.concatenate([d.groups for d in datasets]))
+    share = own.astype(np.float64) / 2.0**64
+    val, test = own[share < val_ratio], everything[:0]
+    if val_ratio > 0 and val.size == 0:
+        val = own[:1]
+        notes.append(f"validation ratio {val_ratio:g} of {own.size} prompts is none: took the one with the lowest hash")
+    if test_ratio > 0:
+        share = everything.astype(np.float64) / 2.0**64
+        test = np.setdiff1d(everything[(share >= val_ratio) & (share < val_ratio + test_ratio)], val)
+        if test.size == 0:
+            test = np.setdiff1d(everything, val)[:1]
+            notes.append(f"test ratio {test_ratio:g} of {everything.size} prompts is none: took the one with the lowest hash")
+    held_out = np.union1d(val, test) if val_groups is None else np.union1d(np.union1d(val, test), val_groups)
+    result = Split([], [], [], notes)
+    for d in datasets:
+        in_val = np.isin(d.groups, val) if d in sources else np.zeros(len(d), bool)
+        in_test = np.isin(d.groups, test)
+        out = np.isin(d.groups, held_out)
+        left_out = int((out & ~in_val & ~in_test).sum())
+        if left_out:
+            notes.append(f"{d.name}: {left_out:,} examples left out of training, their prompts are held out elsewhere")
+        result.train.append(np.flatnonzero(~out))
+        result.val.append(np.flatnonzero(in_val))
+        result.test.append(np.flatnonzero(in_test))
+    if not any(len(x) for x in result.train):
+        raise UserError(f"{', '.join(d.path for d in datasets)}: all {everything.size} distinct prompts are held out, nothing "
+                        "is left to train on. Give more rows, or --val_split_ratio 0.")
+    return result
+
+
+def held_out_rows(datasets: list[Dataset], sides: list[np.ndarray], skip_bad_rows: bool = False,
+                  role_map: dict[str, str] | None = None) -> Iterator[dict]:
+    """The rows of one side as they go into val.jsonl or test.jsonl: messages, with the data set's name as source."""
+    for dataset, side in zip(datasets, sides):
+        wanted = set(dataset.lines[side].tolist())
+        if wanted:
+            for row in RowReader(dataset.path, skip_bad_rows=skip_bad_rows, role_map=role_map):
+                if row.line in wanted:
+                    yield {**row_to_json(row), "source": dataset.name, "line": row.line}

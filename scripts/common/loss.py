@@ -1,0 +1,339 @@
+"""Rows of examples -> one batch -> the loss, with the vocabulary head only where a token is trained.
+
+Shapes: B rows, T tokens a row, S segments (examples and padding tails), N trained positions, H hidden size, V vocabulary.
+Examples packed into a row never see each other: positions restart at every segment, and the attention path in use is
+told the segments' bounds (our own, flash-attn) or finds them in the positions (sdpa, eager).
+"""
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+
+from common.chat import Encoded
+from common.faults import UserError
+
+CHUNK_ELEMENTS = 2**24  # logits that exist at a time (64 MiB in fp32): large enough for full GEMM speed
+PACKED = "sft_packed"  # the name under which packed_attention is known to transformers
+
+
+@dataclass
+class Batch:
+    """Tensors of one forward. Targets are shifted already: the hidden state at positions[i] predicts targets[i]."""
+
+    input_ids: torch.Tensor  # int64 (B, T)
+    position_ids: torch.Tensor  # int64 (B, T), restarting at every segment
+    positions: torch.Tensor  # int64 (N,) into the flattened (B * T)
+    targets: torch.Tensor  # int64 (N,)
+    bounds: torch.Tensor  # int32 (S + 1,) of the segments in the flattened (B * T)
+    longest: int  # longest segment
+    owners: np.ndarray  # int64 (N,): which example (in order of appearance) a target belongs to
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return Batch(**{**vars(self), **moved})
+
+
+def make_batch(rows: list[list[Encoded]], pad_id: int, pad_to_multiple_of: int = 1) -> Batch:
+    """Lay rows of examples side by side; the padding after the last example of a row is a segment of its own.
+
+    No rows (a rank that has nothing to do in this step) give one padding token and no target.
+    """
+    width = max([sum(len(e.input_ids) for e in row) for row in rows], default=1)
+    width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+    input_ids = np.full((max(len(rows), 1), width), pad_id, np.int64)
+    position_ids = np.zeros_like(input_ids)
+    bounds, positions, targets, owners, example = [0], [], [], [], 0
+    for b, row in enumerate(rows or [[]]):
+        at = 0
+        for encoded in row:
+            length = len(encoded.input_ids)
+            input_ids[b, at:at + length] = encoded.input_ids
+            position_ids[b, at:at + length] = np.arange(length)
+            predicted = np.flatnonzero(encoded.trained[1:])  # position t predicts token t + 1
+            positions.append(b * width + at + predicted)
+            targets.append(encoded.input_ids[predicted + 1])
+            owners.append(np.full(len(predicted), example))
+            example += 1
+            at += length
+            bounds.append(b * width + at)
+        if at < width:
+            position_ids[b, at:] = np.arange(width - at)
+            bounds.append((b + 1) * width)
+    join = lambda parts: np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(position_ids), torch.from_numpy(join(positions)),
+                 torch.from_numpy(join(targets)), torch.tensor(bounds, dtype=torch.int32),
+                 int(np.diff(bounds).max()), join(owners))
+
+
+def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                     attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
+                     sliding_window: int | None = None, cu_seq_lens_q: torch.Tensor | None = None,
+                     max_length_q: int | None = None, **_: object) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each segment. query (B, heads, T, D), key and value (B, kv heads, T, D) -> (B, T, heads, D).
+
+    CUDA: torch's own varlen kernel (half precision). CPU: one small causal attention per segment, which beats a masked
+    T x T attention 2.5 times at 16 segments in 2,048 tokens.
+    """
+    if cu_seq_lens_q is None:
+        raise RuntimeError("packed attention without segment bounds: use sdpa for generation")
+    if query.dtype != value.dtype:  # autocast: rotary embeddings promote q and k to fp32
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    rows, heads, width, size = query.shape
+    window = sliding_window if sliding_window and sliding_window < (max_length_q or width) else None
+    # (B, h, T, D) -> (B * T, h, D): segments are numbered over the flattened rows
+    query, key, value = (x.transpose(1, 2).reshape(rows * width, -1, size) for x in (query, key, value))
+    dropout = dropout if module.training else 0.0
+    if query.is_cuda:
+        out = _varlen_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
+    else:
+        out = _segments(query, key, value, cu_seq_lens_q.tolist(), scaling, dropout, window)
+    return out.reshape(rows, width, heads, size), None
+
+
+def _segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int], scaling: float | None,
+              dropout: float, window: int | None) -> torch.Tensor:
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, B * T, D)
+    parts = []
+    for start, end in zip(bounds, bounds[1:]):
+        mask = None
+        if window is not None and end - start > window:
+            gap = torch.arange(end - start)[:, None] - torch.arange(end - start)[None]
+            mask = (gap >= 0) & (gap < window)
+        parts.append(F.scaled_dot_product_attention(
+            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], attn_mask=mask, dropout_p=dropout,
+            is_causal=mask is None, scale=scaling).transpose(1, 2))
+    return torch.cat(parts, 1)
+
+
+def _varlen_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
+                 scaling: float | None, window: int | None) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The keyword came and went between releases; without it fewer kv heads are passed straight through.
+    gqa = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling,
+                       window_size=(window - 1, 0) if window else (-1, 0), **gqa)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of cross entropies of hidden states against a vocabulary matrix, chunk by chunk; the gradient is computed in
+    the forward pass, so no logits are kept (the idea of Liger-Kernel's fused linear cross entropy, arXiv:2410.10989).
+
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> float64 scalar. GEMMs run in `dtype`; log-sum-exp and
+    sums in fp32 and fp64.
+    """
+
+    @staticmethod
+    def forward(ctx: object, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        need_h, need_w, need_b = ctx.needs_input_grad[:3]
+        matrix = weight.detach().to(dtype)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if need_h else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_w else None
+        d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_b else None
+        chunk = max(64, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, len(targets), chunk):
+            part, wanted = hidden[start:start + chunk].detach().to(dtype), targets[start:start + chunk, None]
+            logits = _logits(part, matrix, bias)  # (chunk, V)
+            log_sum = torch.logsumexp(logits, 1, keepdim=True)
+            total += (log_sum - logits.gather(1, wanted)).sum(dtype=torch.float64)
+            if need_h or need_w or need_b:
+                d_logits = logits.sub_(log_sum).exp_()  # softmax
+                d_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+                if need_b:
+                    d_bias += d_logits.sum(0)
+                d_logits = d_logits.to(dtype)
+                if need_h:
+                    d_hidden[start:start + chunk] = d_logits @ matrix
+                if need_w:
+                    d_weight += d_logits.t() @ part
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> tuple:
+        scale = lambda d, dtype: None if d is None else d.mul(grad.to(d.dtype)).to(dtype)
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        return (scale(d_hidden, d_hidden.dtype if d_hidden is not None else None), scale(d_weight, ctx.weight_dtype),
+                scale(d_bias, ctx.weight_dtype), None, None)
+
+
+def _logits(hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    logits = (hidden @ matrix.t()).float()
+    return logits if bias is None else logits.add_(bias.detach().float())
+
+
+class LossModel(nn.Module):
+    """A causal language model whose forward is the loss: accelerate, DDP and FSDP wrap this, so their hooks all run.
+
+    forward(batch) -> sum of the loss over the batch's targets, float64 scalar. `token_losses` gives them one by one.
+    """
+
+    def __init__(self, model: nn.Module, attention: str, neftune_noise_alpha: float | None = None):
+        super().__init__()
+        self.model = model
+        self.attention = attention
+        self.plain_head = False  # set where the head does more than a product with its matrix (`prove_loss`)
+        self.takes_positions = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
+        if neftune_noise_alpha:
+            model.get_input_embeddings().register_forward_hook(_neftune(neftune_noise_alpha))
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
+                targets: torch.Tensor, bounds: torch.Tensor, longest: int) -> torch.Tensor:
+        if self.plain_head:
+            logits = self._plain_logits(input_ids, position_ids, positions, bounds, longest)
+            return F.cross_entropy(logits.float(), targets, reduction="none").sum(dtype=torch.float64)
+        hidden = self._hidden(input_ids, position_ids, positions, bounds, longest)
+        weight, bias, dtype = self._head(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return HeadLoss.apply(hidden, weight, bias, targets, dtype)
+
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss in nats (float32) and whether the most likely token is the target (bool), each (N,)."""
+        losses, hits = [], []
+        inputs = (batch.input_ids, batch.position_ids, batch.positions, batch.bounds, batch.longest)
+        states = self._plain_logits(*inputs) if self.plain_head else self._hidden(*inputs)
+        weight, bias, dtype = (None, None, None) if self.plain_head else self._head(states)
+        with torch.autocast(states.device.type, enabled=False):
+            matrix = None if weight is None else weight.to(dtype)
+            chunk = max(64, CHUNK_ELEMENTS // (states.shape[1] if matrix is None else matrix.shape[0]))
+            for start in range(0, len(batch.targets), chunk):
+                part, wanted = states[start:start + chunk], batch.targets[start:start + chunk]
+                logits = part.float() if matrix is None else _logits(part.to(dtype), matrix, bias)
+                losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+                hits.append(logits.argmax(1) == wanted)
+        empty = states.new_zeros(0)
+        return torch.cat([empty.float(), *losses]), torch.cat([empty.bool(), *hits])
+
+    def _segments_of(self, bounds: torch.Tensor, longest: int) -> dict:
+        if self.attention not in (PACKED, "flash_attention_2"):
+            return {}  # sdpa and eager find the segments in position_ids
+        return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+    def _places(self, position_ids: torch.Tensor) -> dict:
+        return {"position_ids": position_ids} if self.takes_positions else {}  # BLOOM and MPT have no such argument
+
+    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
+                bounds: torch.Tensor, longest: int) -> torch.Tensor:
+        """Last hidden states at `positions`, (N, H)."""
+        states = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **self._places(position_ids),
+                                           **self._segments_of(bounds, longest)).last_hidden_state
+        return states.reshape(-1, states.shape[-1]).index_select(0, positions)
+
+    def _head(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.dtype]:
+        head, device = self.causal_lm.get_output_embeddings(), hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+        return head.weight, getattr(head, "bias", None), dtype
+
+    def _plain_logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
+                      bounds: torch.Tensor, longest: int) -> torch.Tensor:
+        """Logits at `positions` through the model's own forward, row by row, (N, V)."""
+        width, logits = input_ids.shape[1], []
+        for b in range(len(input_ids)):
+            own = positions[(positions >= b * width) & (positions < (b + 1) * width)] - b * width
+            inside = (bounds >= b * width) & (bounds <= (b + 1) * width)
+            keep = own if len(own) else own.new_zeros(1)
+            out = self.causal_lm(input_ids=input_ids[b:b + 1], use_cache=False, logits_to_keep=keep,
+                                 **self._places(position_ids[b:b + 1]),
+                                 **self._segments_of(bounds[inside] - b * width, longest)).logits[0]
+            logits.append(out if len(own) else out[:0])
+        return torch.cat(logits)
+
+
+def _neftune(alpha: float) -> object:
+    """Uniform noise on the embeddings while training (NEFTune, arXiv:2310.05914): alpha / sqrt(T * H) in size."""
+    def hook(module: nn.Module, _: tuple, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        size = alpha / (output.shape[1] * output.shape[2]) ** 0.5
+        return output + torch.empty_like(output).uniform_(-size, size)
+    return hook
+
+
+def batch_inputs(batch: Batch) -> dict:
+    """What LossModel.forward takes, as keywords (plain tensors, so that every wrapper can pass them on)."""
+    names = ("input_ids", "position_ids", "positions", "targets", "bounds", "longest")
+    return {name: getattr(batch, name) for name in names}
+
+
+@torch.no_grad()
+def reference_losses(causal_lm: nn.Module, examples: list[Encoded]) -> list[np.ndarray]:
+    """Per-token losses of each example alone, unpacked, through the model's own forward and full logits."""
+    losses = []
+    for encoded in examples:
+        ids = torch.from_numpy(encoded.input_ids.astype(np.int64))[None].to(next(causal_lm.parameters()).device)
+        logits = causal_lm(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        keep = torch.from_numpy(encoded.trained[1:].copy()).to(ids.device)
+        losses.append(F.cross_entropy(logits[keep], ids[0, 1:][keep], reduction="none").cpu().numpy())
+    return losses
+
+
+def choose_attention(loss_model: LossModel, examples: list[Encoded], pad_id: int, asked: str,
+                     packing: bool) -> list[str]:
+    """Set the attention path and prove it on real examples: packed and apart they must give the same losses.
+
+    asked: auto | packed | sdpa | eager | flash_attention_2. Returns lines for the log. Raises UserError when a path that
+    was asked for leaks or is not there, or when no path keeps this model's examples apart.
+    """
+    model, lines = loss_model.causal_lm, []
+    names = {"auto": _preferences(model), "packed": [PACKED]}.get(asked, [asked])
+    was_training = loss_model.training
+    loss_model.eval()
+    model.set_attn_implementation("eager" if model.config._attn_implementation == PACKED else model.config._attn_implementation)
+    reference = np.concatenate(reference_losses(model, examples))
+    rows = [examples] if packing else [[e] for e in examples]
+    batch = make_batch(rows, pad_id, len(examples[0].input_ids) + 3).to(next(model.parameters()).device)
+    for name in names:
+        try:
+            model.set_attn_implementation(name)
+        except (ImportError, ValueError) as fault:
+            lines.append(f"attention {name}: not available ({str(fault).splitlines()[0]})")
+            continue
+        loss_model.attention = name
+        for plain in (False, True):
+            loss_model.plain_head = plain
+            found = loss_model.token_losses(batch)[0].cpu().numpy()
+            difference = float(np.abs(found - reference).max()) if len(found) else 0.0
+            if difference <= 1e-3 + 0.05 * (next(model.parameters()).dtype != torch.float32):
+                head = "its own forward" if plain else "trained positions only"
+                lines.append(f"attention {_spoken(name)}, head at {head}: {len(examples)} examples packed and apart differ "
+                             f"by at most {difference:.1e} nats a token")
+                loss_model.train(was_training)
+                return lines
+        lines.append(f"attention {_spoken(name)}: examples packed in a row see each other ({difference:.1e} nats a token)")
+    raise UserError(f"model {model.config.model_type}: {'; '.join(lines)}. Choose another --attn_implementation, "
+                    "or train with --no_packing.")
+
+
+def _spoken(name: str) -> str:
+    return "packed (segment by segment)" if name == PACKED else name
+
+
+def _preferences(model: nn.Module) -> list[str]:
+    from transformers.utils import is_flash_attn_2_available
+
+    parameter = next(model.parameters())
+    half = parameter.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(parameter.device.type)
+    if parameter.is_cuda:
+        fast = ["flash_attention_2"] if is_flash_attn_2_available() and half else []
+        return [*fast, *([PACKED] if half else []), "sdpa", "eager"]
+    return [PACKED, "sdpa", "eager"]

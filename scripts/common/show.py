@@ -1,0 +1,73 @@
+"""What is printed before time is spent: the arithmetic of data and plan, and one example with its trained part marked."""
+from __future__ import annotations
+
+import sys
+
+from common.chat import Chat, Encoded
+from common.config import show
+from common.material import Material
+from common.plan import describe
+
+
+def describe_data(material: Material) -> list[str]:
+    """A line for each data set: rows, examples, tokens, what was dropped and why, and how it was split."""
+    lines = []
+    for d, train, val, test in zip(material.datasets, material.split.train, material.split.val, material.split.test):
+        meta = d.meta
+        lines.append(f"{d.path}: {meta['rows_in']:,} rows -> {meta['examples']:,} examples, {meta['tokens']:,} tokens "
+                     f"({meta['trained_tokens']:,} trained); train {len(train):,}, validation {len(val):,}"
+                     + (f", test {len(test):,}" if len(test) else ""))
+        dropped = [f"{n:,} {reason}" for reason, n in meta["dropped"].items() if n]
+        dropped += [f"{meta['rows_bad']:,} bad (--skip_bad_rows)"] if meta["rows_bad"] else []
+        if dropped:
+            lines.append(f"  dropped: {'; '.join(dropped)}")
+        for key, what in (("rows_split", "rows too long, split into windows"), ("rows_cut", "rows too long, cut"),
+                          ("encoded_apart", "answers encoded apart from their prompt, because the tokenizer would join "
+                           "the two in one token")):
+            if meta[key]:
+                lines.append(f"  {meta[key]:,} {what}")
+    lines += [f"note: {note}" for note in material.split.notes]
+    if material.val_datasets is not material.datasets:
+        lines.append(f"validation: {material.val_count:,} examples of {', '.join(d.path for d in material.val_datasets)}")
+    return lines
+
+
+def describe_plan(material: Material) -> str:
+    """The plan's arithmetic: draws, shares asked and obtained, rows, fill, steps."""
+    return describe(material.plan.summary())
+
+
+def mark_trained(encoded: Encoded, chat: Chat, colour: bool | None = None) -> str:
+    """The text of an example with its trained tokens between « and » (green on a terminal).
+
+    Control tokens are shown as they are; white space at the seams may look different from the text, the ids do not.
+    """
+    colour = sys.stdout.isatty() if colour is None else colour
+    before, after = ("\x1b[32m«", "»\x1b[0m") if colour else ("«", "»")
+    text, shown, inside = "", "", False
+    ids, trained = encoded.input_ids.tolist(), encoded.trained.tolist()
+    start = 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or trained[i] != trained[start]:
+            upto = chat.tokenizer.decode(ids[:i], skip_special_tokens=False)
+            part, text = upto[len(text):], upto
+            inside = trained[start]
+            shown += f"{before}{part}{after}" if inside else part
+            start = i
+    return shown
+
+
+def show_example(material: Material, chat: Chat, limit: int = 1500) -> list[str]:
+    """The first example of the first step: where it is from, its counts, and its text with the trained part marked."""
+    row = material.plan.step_rows(0)[0][:1]
+    encoded = material.examples(row)[0]
+    text = mark_trained(encoded, chat)
+    if len(text) > limit:
+        text = text[:limit] + f" … ({len(text) - limit:,} more characters)"
+    return [f"example {material.places([row])[0]}: {len(encoded.input_ids):,} tokens, {int(encoded.trained.sum()):,} "
+            "trained, marked «…»", text]
+
+
+def describe_settings(config: object, names: tuple[str, ...]) -> str:
+    """A few settings in one line."""
+    return "  ".join(f"{name} {show(getattr(config, name))}" for name in names)

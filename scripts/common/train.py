@@ -1,0 +1,160 @@
+"""One optimizer step of the plan, one evaluation, and what surrounds them: optimizer, schedule, the numbers of a log line.
+
+The loss of a step is the sum over all its trained tokens, of all rows and all ranks, divided by their number, which the
+plan knows beforehand. So the size of a micro-batch, packing and the number of processes change nothing but speed.
+"""
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from common.data import Dataset
+from common.faults import NotFinite
+from common.loss import LossModel, batch_inputs, make_batch
+from common.material import Material
+from common.order import pack
+
+if TYPE_CHECKING:
+    from common.settings import SftConfig
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did, over all ranks. loss: nats per trained token."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+
+
+def make_optimizer(model: torch.nn.Module, config: SftConfig) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters; matrices decay, vectors (norms, biases) do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [g for g in groups if g["params"]]
+    if config.optim == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(groups, lr=config.learning_rate, scale_parameter=False, relative_step=False, warmup_init=False)
+    if config.optim == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+                             eps=config.adam_epsilon)
+
+
+def warmup_length(config: SftConfig, n_steps: int) -> int:
+    """Steps in which the learning rate rises."""
+    return config.warmup_steps or math.ceil(config.warmup_ratio * n_steps)
+
+
+def learning_rate(config: SftConfig, step: int, n_steps: int) -> float:
+    """The rate of optimizer step `step` (0-based): a function of the step alone, so there is nothing to restore.
+
+    Linear rise over the warm-up (the first step is not 0), then constant, a line, or half a cosine down to
+    min_lr_ratio of it at the end (SGDR, arXiv:1608.03983, without restarts).
+    """
+    warmup = warmup_length(config, n_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    if config.lr_scheduler_type.startswith("constant"):
+        return config.learning_rate
+    done = (step - warmup) / max(1, n_steps - warmup)
+    falling = 1 - done if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling)
+
+
+def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, material: Material,
+               config: SftConfig, step: int) -> StepResult:
+    """Do optimizer step `step` of the plan. Raises NotFinite before the weights are touched."""
+    started = time.perf_counter()
+    plan, world, rank = material.plan, accelerator.num_processes, accelerator.process_index
+    rows, total = plan.rank_rows(step, rank, world), plan.trained_tokens(step)
+    # Randomness is a function of the step: a resumed run draws the same dropout masks.
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1, np.uint32)[0]))
+    rate = learning_rate(config, step, plan.n_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    size = config.per_device_train_batch_size
+    # every rank does the same number of passes, with an empty batch where it has no rows: their reductions must pair
+    passes = max(1, -(-(-(-len(plan.step_rows(step)) // world)) // size))
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    model.train()
+    for i in range(passes):
+        examples = [material.examples(row) for row in rows[i * size:(i + 1) * size]]
+        batch = make_batch(examples, material.pad_id, config.pad_to_multiple_of or 1).to(accelerator.device)
+        last = i == passes - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            loss = model(**batch_inputs(batch))
+            accelerator.backward(loss * (world / total))  # the ranks' gradients are averaged, hence `world`
+        loss_sum += loss.detach()
+    loss_sum = accelerator.reduce(loss_sum) if world > 1 else loss_sum
+    norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    loss, norm = float(loss_sum) / total, float(norm)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NotFinite(_not_finite(step, loss, norm, material.places(plan.step_rows(step))))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, norm, rate, plan.tokens(step), total, time.perf_counter() - started)
+
+
+def _not_finite(step: int, loss: float, norm: float, places: list[str]) -> str:
+    shown = ", ".join(places[:20]) + (f" and {len(places) - 20} more" if len(places) > 20 else "")
+    return (f"step {step + 1}: loss {loss}, gradient norm {norm}. Stopped before the optimizer step; the newest checkpoint "
+            f"is whole. Rows: {shown}. Look at these rows, or lower learning_rate.")
+
+
+def evaluation_rows(datasets: list[Dataset], sides: list[np.ndarray], max_seq_length: int,
+                    packing: bool) -> list[list[tuple[int, int]]]:
+    """Put held-out examples into rows, long rows first: lists of (data set, example)."""
+    members = np.array([(s, e) for s, side in enumerate(sides) for e in side], np.int64).reshape(-1, 2)
+    lengths = np.array([datasets[s].lengths[e] for s, e in members], np.int64)
+    if not packing:
+        return [[tuple(members[i])] for i in np.argsort(-lengths, kind="stable")]
+    row_of, n_rows = pack(lengths, max_seq_length)
+    rows: list[list[tuple[int, int]]] = [[] for _ in range(n_rows)]
+    for member, row in zip(members, row_of):
+        rows[row].append(tuple(member))
+    return rows
+
+
+def evaluate_loss(accelerator: Accelerator, loss_model: LossModel, datasets: list[Dataset],
+                  rows: list[list[tuple[int, int]]], pad_id: int, batch_size: int) -> dict[str, float]:
+    """Token-weighted loss over held-out rows, in all ("eval_loss") and by data set ("eval_loss/<name>").
+
+    Sums are float64 over single tokens, so batch size, order and number of processes do not matter.
+    """
+    sums = np.zeros((len(datasets), 2))  # nats, tokens
+    loss_model.eval()
+    batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    for chosen in batches[accelerator.process_index::accelerator.num_processes]:
+        batch = make_batch([[datasets[s].example(int(e)) for s, e in row] for row in chosen], pad_id)
+        with accelerator.autocast():
+            losses, _ = loss_model.token_losses(batch.to(accelerator.device))
+        source = np.array([s for row in chosen for s, _ in row])[batch.owners]
+        for s in np.unique(source):
+            own = losses.double().cpu().numpy()[source == s]
+            sums[s] += own.sum(), own.size
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()
+    found = {"eval_loss": float(sums[:, 0].sum() / max(1.0, sums[:, 1].sum()))}
+    found.update({f"eval_loss/{d.name}": float(n / t) for d, (n, t) in zip(datasets, sums) if t})
+    return found
+
+
+def log_line(state_step: int, result: StepResult, loss: float, epoch: float, stage: str) -> dict:
+    """A line of metrics.jsonl; loss is the token mean since the line before."""
+    return {"step": state_step, "loss": loss, "learning_rate": result.learning_rate, "grad_norm": result.grad_norm,
+            "tokens_per_second": round(result.tokens / result.seconds, 1),
+            "trained_tokens_per_second": round(result.trained_tokens / result.seconds, 1),
+            "epoch": round(epoch, 6), "stage": stage}
