@@ -1,0 +1,184 @@
+"""The loss: packed equals separate on every attention path, the head only where trained, token-weighted."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.chat import Encoded
+from common.faults import UserError
+from common.loss import PACKED, HeadLoss, LossModel, batch_inputs, choose_attention, make_batch, reference_losses
+
+
+def example(length: int, seed: int, share: float = 0.5, vocabulary: int = 64) -> Encoded:
+    draw = np.random.default_rng(seed)
+    trained = draw.random(length) < share
+    trained[0] = False
+    return Encoded(draw.integers(4, vocabulary, length).astype(np.int32), trained)
+
+
+EXAMPLES = [example(n, n) for n in (13, 7, 21, 5)]
+
+
+def llama(**changes: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+                "tie_word_embeddings": True, "initializer_range": 0.3, **changes}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings))
+
+
+def reference(model: torch.nn.Module, examples: list[Encoded]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss sum and gradients of examples one by one, full logits, eager attention: nothing clever."""
+    model.set_attn_implementation("eager")
+    model.zero_grad()
+    total = 0.0
+    for e in examples:
+        ids = torch.from_numpy(e.input_ids.astype(np.int64))[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        keep = torch.from_numpy(e.trained[1:].copy())
+        loss = F.cross_entropy(logits[keep], ids[0, 1:][keep], reduction="sum")
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def packed(model: torch.nn.Module, attention: str, rows: list[list[Encoded]]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.set_attn_implementation(attention)
+    model.zero_grad()
+    loss = LossModel(model, attention)(**batch_inputs(make_batch(rows, pad_id=0)))
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference of two gradients relative to the norm."""
+    assert a.keys() == b.keys()
+    norm = torch.sqrt(sum((x.double() ** 2).sum() for x in a.values()))
+    return float(torch.sqrt(sum(((a[n].double() - b[n].double()) ** 2).sum() for n in a)) / norm)
+
+
+LAYOUTS = {"one row": [EXAMPLES], "two rows": [EXAMPLES[:2], EXAMPLES[2:]], "padded": [[e] for e in EXAMPLES]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("attention", [PACKED, "sdpa", "eager"])
+def test_packed_loss_and_gradients_equal_separate_ones(attention: str, layout: str) -> None:
+    """Bug: examples in a row see each other, or a padding token, and the loss is quietly another one."""
+    model = llama().train()
+    loss, gradients = reference(model, EXAMPLES)
+    found, found_gradients = packed(model, attention, LAYOUTS[layout])
+    assert abs(found - loss) <= 1e-6 * loss
+    assert distance(gradients, found_gradients) <= 1e-5
+
+
+@pytest.mark.parametrize("attention", [PACKED, "sdpa", "eager"])
+def test_the_comparison_would_catch_a_leak(attention: str) -> None:
+    """Bug: a check that passes whatever happens. One long segment instead of four must be seen."""
+    model = llama()
+    loss, gradients = reference(model, EXAMPLES)
+    joined = Encoded(np.concatenate([e.input_ids for e in EXAMPLES]), np.concatenate([e.trained for e in EXAMPLES]))
+    found, found_gradients = packed(model, attention, [[joined]])
+    assert abs(found - loss) > 1e-3 * loss
+    assert distance(gradients, found_gradients) > 1e-2
+
+
+def test_untied_head_with_bias_and_frozen_parts() -> None:
+    """Bug: the gradient of an untied head is lost, or one is computed for frozen weights."""
+    model = llama(tie_word_embeddings=False)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(64))
+    model.model.embed_tokens.weight.requires_grad_(False)
+    loss, gradients = reference(model, EXAMPLES)
+    found, found_gradients = packed(model, PACKED, [EXAMPLES])
+    assert "model.embed_tokens.weight" not in found_gradients and "lm_head.bias" in found_gradients
+    assert abs(found - loss) <= 1e-6 * loss and distance(gradients, found_gradients) <= 1e-5
+
+
+def test_head_loss_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the last, shorter chunk is lost or counted twice."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(301, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(0, 50, (301,))
+    expected = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    for elements in (1, 50 * 100, 10**9):
+        monkeypatch.setattr("common.loss.CHUNK_ELEMENTS", elements)
+        loss = HeadLoss.apply(hidden, weight, None, targets, torch.float32)
+        found = torch.autograd.grad(loss, (hidden, weight))
+        torch.testing.assert_close(float(loss), float(expected), rtol=1e-6, atol=0)
+        for a, b in zip(found, wanted):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_targets_give_zero_loss_and_zero_gradients() -> None:
+    """Bug: a rank without rows gives NaN, or skips the backward pass and hangs the others."""
+    model = llama()
+    found, gradients = packed(model, PACKED, [])
+    assert found == 0.0 and gradients and all(not g.any() for g in gradients.values())
+
+
+def test_token_losses_equal_the_references_and_name_their_owners() -> None:
+    """Bug: losses of packed examples are booked on the wrong example."""
+    model = llama().eval()
+    expected = reference_losses(model, EXAMPLES)
+    model.set_attn_implementation(PACKED)
+    batch = make_batch([EXAMPLES[:2], EXAMPLES[2:]], 0)
+    losses, hits = LossModel(model, PACKED).token_losses(batch)
+    assert len(hits) == len(losses) == sum(map(len, expected))
+    for i, wanted in enumerate(expected):
+        np.testing.assert_allclose(losses.numpy()[batch.owners == i], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [4, 16])
+def test_sliding_window_models_keep_their_window(window: int) -> None:
+    """Bug: the fast CPU path ignores sliding_window and trains another model."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mistral", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, sliding_window=window,
+                                  initializer_range=0.3, max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_config(config)
+    loss, gradients = reference(model, EXAMPLES)
+    found, found_gradients = packed(model, PACKED, [EXAMPLES])
+    assert abs(found - loss) <= 1e-6 * loss and distance(gradients, found_gradients) <= 1e-5
+
+
+@pytest.mark.parametrize("kind, changes, plain", [
+    ("llama", {}, False), ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, False),
+    ("cohere", {"logit_scale": 0.25}, True), ("gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}, True),
+    ("granite", {"logits_scaling": 8.0}, True), ("qwen2", {}, False)])
+def test_choose_attention_proves_itself_on_other_architectures(kind: str, changes: dict, plain: bool) -> None:
+    """Bug: a head with scaling or soft-capping is trained as if it were a plain matrix."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
+                "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, **changes}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    loss_model = LossModel(model, "sdpa")
+    lines = choose_attention(loss_model, EXAMPLES, 0, "auto", packing=True)
+    assert loss_model.plain_head == plain, lines
+    found = loss_model.eval().token_losses(make_batch([EXAMPLES], 0))[0].numpy()
+    model.set_attn_implementation("eager")
+    np.testing.assert_allclose(found, np.concatenate(reference_losses(model, EXAMPLES)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_cannot_keep_examples_apart_is_refused_for_packing() -> None:
+    """Bug: BLOOM and its kind train on packed rows that leak (no position ids, ALiBi)."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "bloom", vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
+    with pytest.raises(UserError, match="--no_packing"):
+        choose_attention(LossModel(model, "sdpa"), EXAMPLES, 0, "auto", packing=True)
+    assert choose_attention(LossModel(model, "sdpa"), EXAMPLES, 0, "auto", packing=False)
+
+
+def test_batch_layout_by_hand() -> None:
+    """Bug: positions run on into the padding, or the first token of an example is predicted from the one before."""
+    a = Encoded(np.array([5, 6, 7], np.int32), np.array([False, True, True]))
+    b = Encoded(np.array([8, 9], np.int32), np.array([False, True]))
+    batch = make_batch([[a, b], [b]], pad_id=1, pad_to_multiple_of=6)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1], [8, 9, 1, 1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
+    assert batch.positions.tolist() == [0, 1, 3, 6] and batch.targets.tolist() == [6, 7, 9, 9]
+    assert batch.bounds.tolist() == [0, 3, 5, 6, 8, 12] and batch.owners.tolist() == [0, 0, 1, 2]
