@@ -19,10 +19,19 @@ from common.faults import UserError
 
 LINE_LIMIT = 16 << 20  # bytes; a longer "line" is a file of another kind more often than a row
 SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
+SHOWN = 20  # findings of a file that are shown; all are counted
 
 
 class Bad(Exception):
     """A finding about one row; the message is a sentence without its place."""
+
+
+def bad_rows(path: Path, findings: list[str], n_bad: int, rows_in: int) -> UserError:
+    """The error for a file with bad rows: the first findings, how many more, and the way out."""
+    more = f"\n… and {n_bad - len(findings):,} more" if n_bad > len(findings) else ""
+    way = "Mend the file." if n_bad == rows_in else "Mend the file, or go on without them with --skip_bad_rows."
+    rows = f"{n_bad:,} of {rows_in:,} rows cannot be used" if rows_in > 1 else "its only row cannot be used"
+    return UserError("\n".join(findings) + f"{more}\n{path}: {rows}. {way}")
 
 
 def kind_of(value: object) -> str:

@@ -13,12 +13,12 @@ A row that cannot be used is a finding with file and line; an empty answer is dr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.faults import UserError
-from common.records import Bad, RecordReader, kind_of, parse
+from common.records import SHOWN, Bad, RecordReader, bad_rows, kind_of, parse
 
 FORMS = {  # form -> keys that show it; the first key of the first form that is there and not null decides
     "messages": ("messages",),
@@ -40,7 +40,6 @@ OPTIONAL = ("input", "system", "source", "id", "tools", "completion")
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_MAP = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant",
             "bing": "assistant", "bard": "assistant", "developer": "system", "function": "tool", "observation": "tool"}
-SHOWN = 20
 
 
 @dataclass(slots=True)
@@ -81,19 +80,26 @@ class RowReader:
     """Iterate over the good rows of a file; then the counts stand, and rows_in = rows_kept + n_bad + sum(dropped).
 
     columns: our key -> the file's key, e.g. {"input": "context", "output": "response"}. role_map: further role names.
+    edit: sees every readable object under our keys; may change it, or give a reason to drop it.
+    form: read the rows in this form, even if keys of an earlier one are there.
     rows_in, rows_kept; bad: the first 20 findings "file:line: reason"; n_bad; dropped: reason -> rows; notes: what was
     kept but changed -> count; sha256 of the file; form.
     Raises UserError at the end if rows are bad, unless skip_bad_rows; at once if the file as a whole cannot be read.
     """
 
     def __init__(self, path: str | Path, *, skip_bad_rows: bool = False, role_map: dict[str, str] | None = None,
-                 columns: dict[str, str] | None = None):
-        self.path, self.skip_bad_rows, self.columns = Path(path), skip_bad_rows, columns or {}
-        self.roles = {r: r for r in ROLES} | ROLE_MAP | (role_map or {})
+                 columns: dict[str, str] | None = None, edit: Callable[[dict], str | None] | None = None,
+                 form: str | None = None):
         for name, role in (role_map or {}).items():
             if role not in ROLES:
                 raise UserError(f'role map: "{name}" is mapped to "{role}", which is no role. '
                                 f'Roles: {", ".join(ROLES)}.')
+        self.path, self.skip_bad_rows, self.columns = Path(path), skip_bad_rows, columns or {}
+        self.edit, self.asked_form = edit, form
+        self.roles = {r: r for r in ROLES} | ROLE_MAP | (role_map or {})
+        self._start()
+
+    def _start(self) -> None:
         self.bad: list[str] = []
         self.dropped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
@@ -104,8 +110,7 @@ class RowReader:
         self._tabular = False  # CSV: lists arrive as JSON text
 
     def __iter__(self) -> Iterator[Row]:
-        self.__init__(self.path, skip_bad_rows=self.skip_bad_rows, columns=self.columns,
-                      role_map={k: v for k, v in self.roles.items() if k not in ROLES})
+        self._start()
         ours = {key for keys in FORMS.values() for key in keys} | set(OPTIONAL)
         records = RecordReader(self.path, columns=ours | set(self.columns.values()))
         for number, line, record in records:
@@ -127,14 +132,7 @@ class RowReader:
                 yield row
         self.sha256 = records.sha256
         if self.n_bad and (not self.skip_bad_rows or self.n_bad == self.rows_in):
-            raise UserError(self._all_findings())
-
-    def _all_findings(self) -> str:
-        more = f"\n… and {self.n_bad - SHOWN:,} more" if self.n_bad > SHOWN else ""
-        ways = "Mend the file." if self.n_bad == self.rows_in else \
-            "Mend them, or go on without them with --skip_bad_rows."
-        rows = f"{self.n_bad:,} of {self.rows_in:,} rows " + ("is bad" if self.n_bad == 1 else "are bad")
-        return "\n".join(self.bad) + f"{more}\n{self.path}: {rows}. {ways}"
+            raise bad_rows(self.path, self.bad, self.n_bad, self.rows_in)
 
     def _check_columns(self, records: RecordReader) -> None:
         """CSV and parquet: a needed column that is missing is one finding, not one for each row."""
@@ -143,7 +141,7 @@ class RowReader:
             return
         self._tabular = self.path.suffix != ".parquet"
         present = self._renamed(dict.fromkeys(names, ""))
-        form = next((f for f, keys in FORMS.items() if any(k in present for k in keys)), None)
+        form = self.asked_form or next((f for f, keys in FORMS.items() if any(k in present for k in keys)), None)
         if form == "prompt" and "completion" in present:
             present["response"] = ""
         missing = [self.columns.get(k, k) for k in NEEDED.get(form, ()) if k not in present]
@@ -163,7 +161,11 @@ class RowReader:
         """Return the row, or None if it is useless (counted); raise Bad."""
         if self.columns:
             record = self._renamed(record)
-        form = _form_of(record)
+        reason = self.edit(record) if self.edit else None
+        if reason:
+            self.dropped[reason] += 1
+            return None
+        form = self.asked_form or _form_of(record)
         if form is None:
             raise Bad(f"no known form (keys: {', '.join(record) or 'none'}). {WAY_OUT['prompt']}")
         if self.form is not None and form != self.form:
@@ -232,7 +234,9 @@ class RowReader:
                 {"role": "assistant", "content": self._text(record, "output", "instruction"), "train": True}]
 
     def _messages(self, record: dict, key: str = "messages") -> list[dict]:
-        value = record[key]
+        value = record.get(key)
+        if value is None and key not in record:
+            raise Bad(f'"{self._name(key)}" is missing (keys: {", ".join(record)}). {WAY_OUT[key]}')
         if self._tabular and isinstance(value, str):
             value = parse(value)
         if not isinstance(value, list):

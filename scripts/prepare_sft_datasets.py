@@ -1,0 +1,303 @@
+"""Data sets -> data/sft/<name>.jsonl and <name>.manifest.json, ready for 03_sft.py.
+
+    python scripts/prepare_sft_datasets.py --dataset all                              # from the Hugging Face Hub
+    python scripts/prepare_sft_datasets.py --dataset all --raw_dir ~/Downloads        # from files you already have
+    python scripts/prepare_sft_datasets.py --list
+
+In: the published file of each data set, described by config/sft_datasets/<name>.json. Out: one row a line,
+{"prompt", "response", "source"} or {"messages", "source", "id"}, and a manifest in which rows_in is rows_kept plus the
+rows dropped by reason. Files appear complete or not at all, so after an interruption start the same command again; the
+rows come out byte for byte the same. Exit status 2 if any data set failed; the good ones are kept.
+"""
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from common.config import nearest, parse, setting
+from common.faults import UserError, run_main
+from common.oasst import TreeReader
+from common.rows import Row, RowReader, row_to_json
+from common.sources import (
+    ROOT,
+    SPEC_DIR,
+    TREE_FORMS,
+    Spec,
+    free_of_dead,
+    hub_files,
+    local_files,
+    read_spec,
+    spec_names,
+)
+
+ALL = ("dolly15k", "oasst1", "alpaca")
+Names = list[str]  # inside Config the word list is a setting
+
+
+@dataclass
+class Config:
+    """The settings of this script."""
+
+    dataset: Names = setting([], f"Names of data sets (see --list), or all: {', '.join(ALL)}.")
+    output_dir: str = setting("data/sft", "Directory for the rows and manifests.", path=True)
+    raw_dir: str | None = setting(None, "Directory with files already downloaded; nothing is fetched.", path=True)
+    max_samples: int | None = setting(None, "Keep at most this many rows of each data set, chosen by the seed.",
+                                      unit="rows", within="[1, inf)")
+    seed: int = setting(0, "Seed of the choice of --max_samples.")
+    lang: str = setting("en", "Language of the rows, a code as in en, de, pt-BR.")
+    csv: bool = setting(False, "Write a CSV file beside each JSONL file.")
+    skip_bad_rows: bool = setting(False, "Leave out rows that cannot be used, and count them, instead of stopping.")
+    num_proc: int = setting(1, "Data sets prepared at the same time.", unit="processes", within="[1, inf)")
+    list: bool = setting(False, "Print the known data sets and stop.")
+
+    def problems(self) -> list[str]:
+        """Contradictions between settings."""
+        if not self.dataset and not self.list:
+            return [f"--dataset: it is missing. Name one or several of {', '.join(['all', *spec_names()])}."]
+        known, found = spec_names(), []
+        for name in self.dataset:
+            if name != "all" and name not in known:
+                near = nearest(name, known)
+                found.append(f'--dataset: "{name}" is not known{f", the nearest is {near}" if near else ""}. Known: '
+                             f"{', '.join(['all', *known])}; a new one is a new file in config/sft_datasets/.")
+        if not re.fullmatch(r"[A-Za-z]+(-[A-Za-z]+)?", self.lang):
+            found.append(f'--lang: "{self.lang}" is no language code. Write it as in en or pt-BR.')
+        return found
+
+
+def main(argv: list[str]) -> int:
+    """Prepare the data sets asked for; return 0, or 2 if one of them failed."""
+    config = parse(Config, argv, __doc__, config_flag=None)
+    if config.list:
+        print(listing())
+        return 0
+    names = list(dict.fromkeys(n for name in config.dataset for n in (ALL if name == "all" else (name,))))
+    output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as fault:
+        raise UserError(f"--output_dir {output_dir}: {fault.strerror}. Name a directory that can be written.") from None
+    free_of_dead(output_dir)
+    command = shlex.join(["python", "scripts/prepare_sft_datasets.py", *argv])
+    if config.num_proc > 1 and len(names) > 1:
+        with ProcessPoolExecutor(min(config.num_proc, len(names)), get_context("spawn")) as pool:
+            results = [job.result() for job in [pool.submit(attempt, n, config, command) for n in names]]
+    else:
+        results = []
+        for name in names:
+            results.append(attempt(name, config, command))
+    good = [r for r in results if not isinstance(r, str)]
+    if good:
+        print("\n" + table(good))
+    failed = [r for r in results if isinstance(r, str)]
+    for sentence in failed:
+        print(f"error: {sentence}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def attempt(name: str, config: Config, command: str) -> dict | str:
+    """Prepare one data set; return its manifest, or the sentence that says why not."""
+    try:
+        return prepare(read_spec(SPEC_DIR / f"{name}.json"), config, command)
+    except UserError as fault:
+        return str(fault)
+
+
+def prepare(spec: Spec, config: Config, command: str) -> dict:
+    """Read, filter, choose and write one data set; return its manifest. Raises UserError; then nothing is written."""
+    if spec.lang not in ("any", config.lang):
+        raise UserError(f"{spec.name}: its rows are in {spec.lang}, --lang asks for {config.lang}. Leave it out.")
+    if config.raw_dir is not None or spec.raw_dir:
+        files, line = local_files(spec, Path(config.raw_dir) if config.raw_dir is not None else ROOT / spec.raw_dir)
+    else:
+        files, line = hub_files(spec, ROOT / "data" / "cache")
+    print(line, flush=True)
+    changed: Counter[str] = Counter()
+    kept: list[bytes] = []  # JSON lines
+    seen: set[bytes] = set()
+    dropped: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    hashes = {}
+    for path in files:
+        reader = open_reader(spec, path, config, changed)
+        for row in reader:
+            out = to_output(row, spec)
+            row_id = {"id": out.pop("id")} if "id" in out else {}  # two rows that differ in it alone teach the same
+            content = json.dumps(out, ensure_ascii=False).encode()
+            key = hashlib.sha256(content).digest()
+            if key in seen:
+                dropped["exact duplicate"] += 1
+                continue
+            seen.add(key)
+            kept.append((json.dumps(out | row_id, ensure_ascii=False).encode() if row_id else content) + b"\n")
+        dropped.update(reader.dropped)
+        if reader.n_bad:
+            dropped["bad row"] += reader.n_bad if spec.form not in TREE_FORMS else 0
+            print("\n".join(reader.bad) + f"\n{spec.name}: {reader.n_bad:,} bad rows left out", flush=True)
+        counts.update(rows_in=reader.rows_in, bad=reader.n_bad)
+        changed.update(reader.notes)
+        hashes[path.name] = reader.sha256
+    lines = choose(kept, config.max_samples, config.seed)
+    if len(lines) < len(kept):
+        dropped["not chosen by --max_samples"] += len(kept) - len(lines)
+    if not lines:
+        raise UserError(f"{spec.name}: no row is left of {counts['rows_in']:,} ({reasons(dropped)}). "
+                        "Check --lang and the filters.")
+    content = b"".join(lines)
+    numbers = {"rows_in": counts["rows_in"], "rows_kept": len(lines), "rows_dropped": dict(sorted(dropped.items())),
+               "rows_changed": dict(sorted(changed.items())), "rows_bad": counts["bad"]}
+    assert numbers["rows_in"] == len(lines) + sum(dropped.values()), numbers
+    manifest = describe(spec, config, numbers, hashes, hashlib.sha256(content).hexdigest()) | {
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": command}
+    publish(Path(config.output_dir), manifest, content, to_csv(lines) if config.csv else None)
+    return manifest
+
+
+def describe(spec: Spec, config: Config, numbers: dict, hashes: dict[str, str], sha256_out: str) -> dict:
+    """The manifest without time and command: a function of the raw files, the description and the settings."""
+    settings = {k: v for k, v in dataclasses.asdict(spec).items() if v not in ("", None, [], {})}
+    return {
+        "name": spec.name, "file": spec.output_name(config.lang),
+        "unit": "candidate replies" if spec.form in TREE_FORMS else "rows", **numbers, "files_in": sorted(hashes),
+        "sha256_in": next(iter(hashes.values())) if len(hashes) == 1 else hashes, "sha256_out": sha256_out,
+        "licence": spec.licence + (f" ({spec.note})" if spec.note else ""),
+        "source": spec.source or spec.raw_dir, "revision": spec.revision,
+        "config": settings | {"lang": config.lang, "max_samples": config.max_samples, "seed": config.seed},
+    }
+
+
+def open_reader(spec: Spec, path: Path, config: Config, changed: Counter[str]) -> RowReader | TreeReader:
+    """The reader for one raw file of the data set."""
+    if spec.form in TREE_FORMS:
+        return TreeReader(path, form=spec.form, lang=config.lang, reviewed=spec.reviewed, top_k=spec.top_k,
+                          skip_bad_rows=config.skip_bad_rows)
+    return RowReader(path, skip_bad_rows=config.skip_bad_rows, columns=spec.columns, role_map=spec.role_map,
+                     form=spec.form, edit=editor(spec, changed))
+
+
+def editor(spec: Spec, changed: Counter[str]) -> Callable[[dict], str | None] | None:
+    """The data set's filters as a function of a raw row: a reason to drop it, or None; texts to blank are emptied."""
+    rules = [(f["column"], re.compile(f["matches"], re.I | re.S), f["action"], f["reason"]) for f in spec.filters]
+
+    def edit(record: dict) -> str | None:
+        for column, pattern, action, reason in rules:
+            value = record.get(column)
+            if isinstance(value, str) and pattern.fullmatch(value):
+                if action == "drop":
+                    return reason
+                record[column] = ""
+                changed[reason] += 1
+        return None
+
+    return edit if rules else None
+
+
+def to_output(row: Row, spec: Spec) -> dict:
+    """A row as it is written: prompt and response where the data set's form is of one turn, else messages."""
+    if spec.form in ("prompt", "instruction", "pairs"):
+        roles = [m["role"] for m in row.messages]
+        if roles[-2:] == ["user", "assistant"] and roles[:-2] in ([], ["system"]):
+            system = {"system": row.messages[0]["content"]} if len(roles) == 3 else {}
+            out = {"prompt": row.messages[-2]["content"], "response": row.messages[-1]["content"], **system}
+            return out | {"source": row.source or spec.name} | ({"id": row.id} if row.id else {})
+        raise UserError(f"{spec.name}: a row of the turns {' '.join(roles)} (line {row.line}) is no prompt and "
+                        'response. Give its description the "form": "messages".')
+    return {"source": spec.name} | row_to_json(row)
+
+
+def choose(lines: list[bytes], n: int | None, seed: int) -> list[bytes]:
+    """At most n of the lines, by a hash of seed and line, in their order: the same seed chooses the same rows again."""
+    if n is None or len(lines) <= n:
+        return lines
+    salt = f"{seed}:".encode()
+    keys = [hashlib.sha256(salt + line).digest() for line in lines]
+    limit = sorted(keys)[n - 1]
+    return [line for line, key in zip(lines, keys) if key <= limit]
+
+
+def to_csv(lines: list[bytes]) -> bytes:
+    """The rows as CSV with a header; lists become JSON texts."""
+    rows = [json.loads(line) for line in lines]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in row.items()}
+                     for row in rows)
+    return out.getvalue().encode()
+
+
+def publish(folder: Path, manifest: dict, content: bytes, table_rows: bytes | None) -> None:
+    """Write everything aside, then move it into place, the manifest last: whoever sees one sees complete rows."""
+    stem = manifest["file"].removesuffix(".jsonl")
+    parts = {f"{stem}.csv": table_rows, f"{stem}.jsonl": content,
+             f"{stem}.manifest.json": (json.dumps(manifest, ensure_ascii=False, indent=2) + "\n").encode()}
+    written = []
+    try:
+        for name, data in parts.items():
+            if data is not None:
+                aside = folder / f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"
+                written.append((aside, folder / name))
+                with aside.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+        (folder / f"{stem}.manifest.json").unlink(missing_ok=True)
+        for aside, final in written:
+            os.replace(aside, final)
+        directory = os.open(folder, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+    finally:
+        for aside, _ in written:
+            aside.unlink(missing_ok=True)
+
+
+def reasons(dropped: dict[str, int]) -> str:
+    """Counts by reason on one line."""
+    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(dropped.items())) or "none"
+
+
+def table(manifests: list[dict]) -> str:
+    """What was prepared, a line for each data set."""
+    rows = [("data set", "in", "kept", "licence", "file")]
+    rows += [(m["name"], f"{m['rows_in']:,} {m['unit']}", f"{m['rows_kept']:,}", m["licence"], m["file"])
+             for m in manifests]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for i, row in enumerate(rows):
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        if i and manifests[i - 1]["rows_dropped"]:
+            lines.append(f"    dropped: {reasons(manifests[i - 1]['rows_dropped'])}")
+        if i and manifests[i - 1]["rows_changed"]:
+            lines.append(f"    changed: {reasons(manifests[i - 1]['rows_changed'])}")
+    return "\n".join(lines)
+
+
+def listing() -> str:
+    """The known data sets, two lines each."""
+    lines = []
+    for name in spec_names():
+        spec = read_spec(SPEC_DIR / f"{name}.json")
+        lines.append(f"{name:<10} {spec.title or spec.source or spec.raw_dir}  ({spec.licence}"
+                     f"{f', {spec.note}' if spec.note else ''})\n{'':<10} {spec.source or spec.raw_dir} "
+                     f"{spec.revision[:7]}, form {spec.form}, to {spec.output}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
