@@ -1,7 +1,7 @@
 """Seeded orders, quotas, endless streams of examples, packing: what the plan is made of. numpy only.
 
-Orders come from sorting the raw output of PCG64 (ties keep their order): numpy promises never to change that output, but
-makes no such promise for `Generator.permutation`. A run resumed under another numpy must see the same order.
+Orders come from sorting the raw output of PCG64. numpy promises never to change that output, but makes no such promise
+for `Generator.permutation`, and a run resumed under another numpy must see the same order.
 """
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 def shuffled(n: int, *seed: int) -> np.ndarray:
     """A random order of range(n), int64 (n,), the same for the same seed on every machine and numpy.
 
-    Each number is put below random high bits and the whole is sorted; ties of the high bits (2^-38 for 10 million) keep
-    their order.
+    Each number is put below random high bits and the whole is sorted. Equal high bits (of two numbers of 10 million:
+    chance 2^-40) leave the two in order.
     """
     bits = max(n - 1, 1).bit_length()
     keys = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(n)
@@ -25,12 +25,14 @@ def shuffled(n: int, *seed: int) -> np.ndarray:
 
 
 def stable_order(values: np.ndarray) -> np.ndarray:
-    """argsort(kind="stable") of small non-negative integers, int64 (n,); several times faster."""
+    """argsort(kind="stable") of non-negative integers below 2^32, int64 (n,); for 10 million 0.4 to 0.9 s, not 2."""
+    if values.max(initial=0) < 1 << 16:
+        return np.argsort(values.astype(np.uint16), kind="stable")  # radix sort, which numpy has for 16 bits only
     return _sorted_positions(values.astype(np.uint64), max(len(values) - 1, 1).bit_length())
 
 
 def _sorted_positions(keys: np.ndarray, bits: int) -> np.ndarray:
-    """Positions in the order of `keys` (uint64, overwritten); equal keys keep their order. bits: those of a position."""
+    """Positions in the order of `keys` (uint64, overwritten), of equal keys the first first. bits: of a position."""
     keys <<= np.uint64(bits)
     keys |= np.arange(len(keys), dtype=np.uint64)
     keys.sort()
@@ -43,9 +45,9 @@ def largest_remainder(shares: Sequence[Fraction], total: int) -> list[int]:
 
     shares 1/2 1/3 1/6 of 10 -> 5 3.33 1.67 -> 5 3 2
     """
-    exact = [share * total / sum(shares) for share in shares]
-    quotas = [int(x) for x in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])
+    parts = [share * total / sum(shares) for share in shares]
+    quotas = [int(part) for part in parts]
+    by_remainder = sorted(range(len(parts)), key=lambda i: quotas[i] - parts[i])
     for i in by_remainder[:total - sum(quotas)]:
         quotas[i] += 1
     return quotas
@@ -66,27 +68,28 @@ class Stream:
         self.members, self.seed, self.passes = members, seed, 0
         self.rest = members[:0]  # what is still to come of the passes begun
 
-    def _begin_pass(self) -> None:
-        order = self.members[shuffled(len(self.members), *self.seed, self.passes)]
-        self.rest = np.concatenate([self.rest, order]) if len(self.rest) else order
+    def _next_pass(self) -> np.ndarray:
         self.passes += 1
+        return self.members[shuffled(len(self.members), *self.seed, self.passes - 1)]
 
     def take(self, n: int) -> np.ndarray:
         """The next n entries."""
+        parts = []
         while len(self.rest) < n:
-            self._begin_pass()
-        taken, self.rest = self.rest[:n], self.rest[n:]
-        return taken
+            parts.append(self.rest)
+            n -= len(self.rest)
+            self.rest = self._next_pass()
+        parts.append(self.rest[:n])
+        self.rest = self.rest[n:]
+        return np.concatenate(parts)
 
     def take_distinct(self, n: int) -> np.ndarray:
         """The next n different examples; an entry that is passed over keeps its place."""
         assert n <= len(self.members)
         if len(self.rest) == 0:
             return self.take(n)
-        first = np.unique(self.rest, return_index=True)[1]
-        while len(first) < n:
-            self._begin_pass()
-            first = np.unique(self.rest, return_index=True)[1]
+        while len(first := np.unique(self.rest, return_index=True)[1]) < n:
+            self.rest = np.concatenate([self.rest, self._next_pass()])
         chosen = np.sort(first)[:n]
         taken, self.rest = self.rest[chosen], np.delete(self.rest, chosen)
         return taken
@@ -96,7 +99,7 @@ class Stream:
         parts, left = [self.members[:0]], float(quota)
         while True:
             if len(self.rest) == 0:
-                self._begin_pass()
+                self.rest = self._next_pass()
             reached = np.cumsum(units[self.rest], dtype=np.int64)
             if reached[-1] > left:
                 n = int(np.searchsorted(reached, left, side="right"))

@@ -49,8 +49,9 @@ class Source:
 class Stage:
     """A mixture of some sources (by index), for a number of epochs or until an optimizer step of the run.
 
-    weights: relative, one for each source; None: every example once an epoch. n_samples: the stage keeps to this many
-    distinct examples of the source; None: all. Exactly one of epochs and until_step is given; epochs may be fractional.
+    weights: relative, one for each source (0: as if it were not there); None: every example once an epoch. n_samples:
+    the stage keeps to this many distinct examples of the source; None: all. Exactly one of epochs and until_step is
+    given. Half an epoch is half of each quota.
     """
 
     name: str
@@ -159,18 +160,19 @@ def _stage_epochs(inputs: _Inputs, streams: list[Stream], stage: Stage, index: i
                   room: int | None) -> Iterator[tuple[int, float, int, np.ndarray, np.ndarray]]:
     """Yield (number, fraction, rows before the cut, draws in the order of the rows, draws in each row) of each epoch,
     until n_epochs are drawn or `room` rows are full (None: no limit)."""
+    n_samples, weights = (given or (None,) * len(stage.sources) for given in (stage.n_samples, stage.weights))
     mine = []
-    for i, limit in zip(stage.sources, stage.n_samples or [None] * len(stage.sources)):
-        whole = streams[i]
-        if limit is not None and limit < len(whole.members):
-            mine.append(Stream(whole.take_distinct(limit), inputs.seed, SUBSET, i, index))
-        else:
-            mine.append(whole)
+    for i, limit, weight in zip(stage.sources, n_samples, weights):
+        if weight is None or weight > 0:
+            stream = streams[i]
+            if limit is not None and limit < len(stream.members):
+                stream = Stream(np.sort(stream.take_distinct(limit)), inputs.seed, SUBSET, i, index)
+            mine.append((stream, weight))
     for number in count():
         fraction = Fraction(1) if n_epochs is None else min(Fraction(1), n_epochs - number)
         if fraction <= 0 or room == 0:
             return
-        draws = _epoch_draws(inputs, mine, stage, fraction)
+        draws = _epoch_draws(inputs, mine, fraction)
         draws, sizes = _epoch_rows(inputs, draws, index, number)
         n_rows = len(sizes)
         if room is not None:
@@ -178,28 +180,31 @@ def _stage_epochs(inputs: _Inputs, streams: list[Stream], stage: Stage, index: i
             room -= len(sizes)
         if len(sizes) < n_rows:
             n_used = int(sizes.sum(dtype=np.int64))
-            for stream in mine:
+            for stream, _ in mine:
                 stream.give_back(draws[n_used:])
             draws = draws[:n_used]
         if len(draws):
             yield number, float(fraction), n_rows, draws, sizes
 
 
-def _epoch_draws(inputs: _Inputs, streams: list[Stream], stage: Stage, fraction: Fraction) -> np.ndarray:
-    """The examples of one epoch of a stage, source after source."""
+def _epoch_draws(inputs: _Inputs, mixture: list[tuple[Stream, float | None]], fraction: Fraction) -> np.ndarray:
+    """The examples of one epoch of a stage, source after source. mixture: streams and their weights."""
+    streams = [stream for stream, _ in mixture]
     sizes = [len(stream.members) for stream in streams]
     n_draws = int(sum(sizes) * fraction + Fraction(1, 2))
-    if stage.weights is None:
+    if mixture[0][1] is None:
         quotas = largest_remainder([Fraction(n) for n in sizes], n_draws)
         return np.concatenate([stream.take_distinct(n) for stream, n in zip(streams, quotas)])
-    weights = [exact(weight) for weight in stage.weights]
+    weights = [exact(weight) for _, weight in mixture]
     if inputs.weight_unit == "examples":
         quotas = largest_remainder(weights, n_draws)
         return np.concatenate([stream.take(n) for stream, n in zip(streams, quotas)])
     units = inputs.lengths if inputs.weight_unit == "tokens" else inputs.trained
-    n_units = sum(int(units[stream.members].sum(dtype=np.int64)) for stream in streams) * fraction
-    return np.concatenate([stream.take_units(n_units * weight / sum(weights), units)
-                           for stream, weight in zip(streams, weights) if weight])
+    n_units = [int(units[stream.members].sum(dtype=np.int64)) for stream in streams]
+    assert all(n_units), f"no {inputs.weight_unit} in a source with a weight"
+    total = sum(n_units) * fraction
+    return np.concatenate([stream.take_units(total * weight / sum(weights), units)
+                           for stream, weight in zip(streams, weights)])
 
 
 def _epoch_rows(inputs: _Inputs, draws: np.ndarray, stage: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -336,7 +341,7 @@ class Plan:
             if not trained.all():
                 step = int(np.argmin(trained))
                 source, example = self.step_rows(step)[0][0]
-                raise UserError(f"{self.sources[source].name}: example {example} and whatever else is in step {step + 1} "
+                raise UserError(f"{self.sources[source].name}: example {example} and all others of step {step + 1} "
                                 "have no trained token. Drop examples without one, or use more rows per step.")
 
     def _step_slice(self, step: int) -> np.ndarray:
@@ -357,31 +362,34 @@ class Plan:
         """The arithmetic of the run, for plan.json and `describe`. Tokens are without padding; fill is tokens / (rows *
         max_seq_length); passes are draws / examples; shares are parts of 1, share_asked is None without weights."""
         drawn = [self._drawn(i) for i in range(len(self.stages))]
-        stages = []
-        for i, stage in enumerate(self.stages):
-            first, end = self.stage_bounds[i:i + 2]
-            used = list(stage.sources)
-            limits = stage.n_samples or [None] * len(used)
-            examples = [min(len(self.sources[k].lengths), limit or 2**62) for k, limit in zip(used, limits)]
-            asked = [None] * len(used) if stage.weights is None else [w / sum(stage.weights) for w in stage.weights]
-            stages.append({
-                "name": stage.name, "first_step": first, "end_step": end, "steps": end - first,
-                "epochs": self.epoch_of(end - 1) if end > first else 0.0, "examples_per_epoch": sum(examples),
-                "rows": int(self.step_bounds[end] - self.step_bounds[first]), **_totals(drawn[i]),
-                "sources": _shares([self.sources[k].name for k in used], examples, asked, drawn[i][used])})
-        total = _totals(sum(drawn))
-        n_rows = len(self.row_bounds) - 1
-        asked = {s["name"]: s["share_asked"] for s in stages[0]["sources"]} if len(stages) == 1 else {}
-        names = [source.name for source in self.sources]
-        table = _shares(names, np.diff(self.starts).tolist(), [asked.get(name) for name in names], sum(drawn))
+        stages = [self._stage_summary(i, drawn[i]) for i in range(len(self.stages))]
+        asked = [None] * len(self.sources)
+        if len(stages) == 1:
+            for i, row in zip(self.stages[0].sources, stages[0]["sources"]):
+                asked[i] = row["share_asked"]
+        table = _shares([source.name for source in self.sources], np.diff(self.starts).tolist(), asked, sum(drawn))
         for row, source in zip(table, self.sources):
             row["tokens"] = int(np.sum(source.lengths, dtype=np.int64))
             row["trained_tokens"] = int(np.sum(source.trained, dtype=np.int64))
+        total, n_rows = _totals(sum(drawn)), len(self.row_bounds) - 1
         return {"weight_unit": self.weight_unit, "packing": self.packing, "max_seq_length": self.max_seq_length,
                 "examples": len(self.lengths), **total, "rows": n_rows, "rows_per_step": self.rows_per_step,
                 "fill": total["tokens"] / max(n_rows * self.max_seq_length, 1),
                 "tokens_per_step": total["tokens"] / max(self.n_steps, 1), "steps": self.n_steps, "sources": table,
                 "stages": stages, "fingerprint": self.fingerprint()}
+
+    def _stage_summary(self, index: int, drawn: np.ndarray) -> dict:
+        """examples: what the stage may use (n_samples). Steps count from 0, end_step is the first of the next stage."""
+        stage, (first, end) = self.stages[index], self.stage_bounds[index:index + 2]
+        used, limits = list(stage.sources), stage.n_samples or [None] * len(stage.sources)
+        weights = stage.weights or [1] * len(used)
+        examples = [0 if weight == 0 else min(len(self.sources[i].lengths), limit or 2**62)
+                    for i, limit, weight in zip(used, limits, weights)]
+        asked = [None if stage.weights is None else weight / sum(weights) for weight in weights]
+        return {"name": stage.name, "first_step": first, "end_step": end, "steps": end - first,
+                "epochs": self.epoch_of(end - 1) if end > first else 0.0, "examples_per_epoch": sum(examples),
+                "rows": int(self.step_bounds[end] - self.step_bounds[first]), **_totals(drawn),
+                "sources": _shares([self.sources[i].name for i in used], examples, asked, drawn[used])}
 
     def _drawn(self, stage: int) -> np.ndarray:
         """int64 (sources, 3): draws, tokens and trained tokens of each source in a stage."""
@@ -411,7 +419,7 @@ def _shares(names: list[str], examples: list[int], asked: list[float | None], dr
 def describe(summary: dict) -> str:
     """The arithmetic of a plan in lines with units.
 
-    dolly15k  14,711 examples  2.9 M tokens (1.9 M trained)  9,600 drawn  0.65 x  share of examples 0.4000  (asked 0.4000)
+    dolly15k  8 examples  58 tokens (29 trained)  4 drawn  0.50 x  share of examples 0.4000 (asked 0.4000)
     rows 20,129 of 1,024 tokens, 99.9 % full; 16 rows per step = 16,384 tokens; 1,258 steps
     """
     unit = summary["weight_unit"]
@@ -440,8 +448,8 @@ def _drawn_text(source: dict, unit: str, with_share: bool) -> list[str]:
     cells = [f"{source['draws']:,} drawn", f"{source['passes']:.2f} x"]
     if with_share:
         asked = source["share_asked"]
-        cells += [f"share of {unit.replace('_', ' ')} {source['share_' + unit]:.4f}",
-                  "" if asked is None else f"(asked {asked:.4f})"]
+        cells.append(f"share of {unit.replace('_', ' ')} {source['share_' + unit]:.4f}"
+                     + ("" if asked is None else f" (asked {asked:.4f})"))
     return cells
 
 
