@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,15 @@ def tune_allocator() -> None:
             libc.mallopt(option, value)
     except OSError:
         pass  # no glibc: nothing to tune
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars of loading and saving and warnings about the libraries' own renamings."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\.")
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from common.checkpoint import TrainState
 from common.data import Dataset
 from common.faults import NotFinite
 from common.loss import LossModel, batch_inputs, make_batch
 from common.material import Material
 from common.order import pack
+from common.plan import Plan
 
 if TYPE_CHECKING:
     from common.settings import SftConfig
@@ -152,9 +154,34 @@ def evaluate_loss(accelerator: Accelerator, loss_model: LossModel, datasets: lis
     return found
 
 
-def log_line(state_step: int, result: StepResult, loss: float, epoch: float, stage: str) -> dict:
-    """A line of metrics.jsonl; loss is the token mean since the line before."""
-    return {"step": state_step, "loss": loss, "learning_rate": result.learning_rate, "grad_norm": result.grad_norm,
-            "tokens_per_second": round(result.tokens / result.seconds, 1),
-            "trained_tokens_per_second": round(result.trained_tokens / result.seconds, 1),
-            "epoch": round(epoch, 6), "stage": stage}
+def count_step(state: TrainState, result: StepResult, plan: Plan, last: bool, every: int) -> dict | None:
+    """Book a step that was done; return a line for metrics.jsonl when one is due. Its loss is the token mean since the
+    line before; the sums are part of the state, so that a resumed run writes the same lines."""
+    epoch, stage = plan.epoch_of(state.step), plan.stages[plan.stage_of(state.step)].name
+    state.step += 1
+    state.tokens += result.tokens
+    state.trained_tokens += result.trained_tokens
+    state.seconds += result.seconds
+    sums = state.since_log
+    for name, value in (("nats", result.loss * result.trained_tokens), ("tokens", result.tokens),
+                        ("trained_tokens", result.trained_tokens), ("seconds", result.seconds)):
+        sums[name] = sums.get(name, 0) + value
+    if not last and state.step % every:
+        return None
+    line = {"step": state.step, "loss": sums["nats"] / sums["trained_tokens"], "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm, "tokens_per_second": round(sums["tokens"] / sums["seconds"], 1),
+            "trained_tokens_per_second": round(sums["trained_tokens"] / sums["seconds"], 1), "epoch": round(epoch, 6),
+            "stage": stage}
+    sums.clear()
+    return line
+
+
+def judge(state: TrainState, loss: float, config: SftConfig) -> bool:
+    """Book an evaluation: is it the best so far, and is it time to stop early? Returns whether it is better."""
+    better = state.best_loss is None or loss < state.best_loss - config.early_stopping_threshold
+    if better:
+        state.best_loss, state.best_step, state.evals_without_gain = loss, state.step, 0
+    else:
+        state.evals_without_gain += 1
+        state.stopped_early = state.evals_without_gain >= (config.early_stopping_patience or math.inf)
+    return better

@@ -1,0 +1,190 @@
+"""Supervised fine-tuning of a causal language model on conversations: plan, then train.
+
+    accelerate launch --mixed_precision bf16 scripts/03_sft.py --model_path checkpoints/pretrain/tiny/final \\
+        --dataset_paths data/sft/dolly15k.jsonl data/sft/alpaca.jsonl --dataset_weights .6 .4 \\
+        --output_dir checkpoints/sft/first --config_path config/sft_tiny.json
+
+In: a base model, its tokenizer, files of rows. Out: a chat model or adapter in Hugging Face form in OUTPUT_DIR, with the
+plan, the metrics, the held-out rows and checkpoints. Everything that decides what is learnt is computed and printed
+before the first step; --dry_run stops there. After an interruption, give the same command again with
+--resume_from_checkpoint: it goes on where it was, bit for bit.
+"""
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.config import parse
+from common.faults import Stopped, UserError, run_main
+from common.settings import SftConfig
+
+if TYPE_CHECKING:
+    from common.chat import Chat
+    from common.material import Material
+    from common.run import Run
+    from common.rundir import Opened
+    from common.signals import StopFlag
+
+
+def main(argv: list[str]) -> int:
+    config = parse(SftConfig, argv, __doc__)
+    check_files(config)
+
+    from common import leave, show
+    from common.chat import load_chat
+    from common.model import check_vocabulary, model_config, quiet_libraries, tune_allocator
+    from common.run import gather_material, load_run, restore, start
+    from common.rundir import decide
+    from common.signals import StopFlag
+
+    stop = StopFlag(config.max_minutes)
+    tune_allocator()
+    quiet_libraries()
+    run = start(config)
+    run.say(*config.notes)
+    decide(config.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)  # refuse before time is spent
+    source = config.init_from or config.model_path
+    chat = load_chat(config.tokenizer_path or source, config.prompt_template, revision=config.revision,
+                     system_prompt=config.system_prompt, assistant_turns=config.assistant_turns,
+                     train_on_prompt=config.train_on_prompt)
+    base = model_config(source, config.revision)
+    check_vocabulary(base, chat, source)
+    check_length(config, base)
+
+    material = gather_material(run, chat, base)
+    run.say(*show.describe_data(material), show.describe_plan(material), *show.show_example(material, chat))
+    run.say(*prove_chat(config, chat))
+    if config.dry_run:
+        return 0
+
+    with opened_directory(run, chat, material, argv) as opened:
+        if opened.kind == "finished":
+            return 0
+        load_run(run, chat, material)
+        if opened.checkpoint:
+            restore(run, opened.checkpoint)
+        train(run, chat, material, stop)
+        leave.leave_model(run, chat, material)
+    return 0
+
+
+@contextmanager
+def opened_directory(run: Run, chat: Chat, material: Material, argv: list[str]) -> Iterator[Opened]:
+    """Lock the output directory, decide between fresh and resumed, leave run.json and plan.json; note how it ended."""
+    from accelerate.utils import broadcast_object_list
+
+    from common.leave import leave_plan
+    from common.run import check_unchanged, describe_run
+    from common.rundir import RunLock, open_run_dir, write_status
+
+    config, opened = run.config, [None]
+    with RunLock(run.directory, run.say) if run.main else nullcontext():
+        if run.main:
+            described = describe_run(run, material, chat, argv)
+            opened = [open_run_dir(run.directory, config.resume_from_checkpoint, config.overwrite_output_dir,
+                                   check=lambda found: check_unchanged(run, described, found), say=run.say)]
+            if opened[0].kind != "finished":
+                leave_plan(run, described, material)
+        if run.accelerator.num_processes > 1:
+            opened = broadcast_object_list(opened)
+        note = lambda **entries: write_status(
+            run.directory, step=run.state.step, total_steps=material.plan.n_steps, **entries) if run.main else None
+        if opened[0].kind == "finished":
+            yield opened[0]
+            return
+        note(status="running", resume_command=resume_command(argv))
+        try:
+            yield opened[0]
+        except BaseException as fault:
+            status = getattr(fault, "status", 74 if isinstance(fault, OSError) else 1)
+            note(status="stopped" if isinstance(fault, (Stopped, KeyboardInterrupt)) else "failed", exit_status=status,
+                 reason=str(fault) or type(fault).__name__)
+            raise
+        note(status="early_stopped" if run.state.stopped_early else "finished", exit_status=0, reason="")
+
+
+def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
+    """Do the steps of the plan from where the run is; evaluate, save and log when due."""
+    from common.run import held_out, log_progress, save_state, start_trackers
+    from common.train import count_step, evaluate_loss, judge, train_step
+
+    config, state, plan = run.config, run.state, material.plan
+    rows = held_out(run, material)
+    trackers = start_trackers(run)
+    with log_progress(run, plan.n_steps) as progress:
+        while state.step < plan.n_steps and not state.stopped_early:
+            result = train_step(run.accelerator, run.wrapped, run.optimizer, material, config, state.step)
+            line = count_step(state, result, plan, last=state.step + 1 == plan.n_steps, every=config.logging_steps)
+            progress(state, result, line)
+            trackers(line)
+            last, better = state.step == plan.n_steps, False
+            if rows and (last or state.step % config.eval_steps == 0):
+                found = evaluate_loss(run.accelerator, run.loss_model, material.val_datasets, rows, material.pad_id,
+                                      config.per_device_eval_batch_size)
+                better = judge(state, found["eval_loss"], config)
+                progress(state, None, {"step": state.step, **found})
+                trackers({"step": state.step, **found})
+            asked = stop.asked(run.accelerator)
+            if last or better or asked or state.stopped_early or state.step % config.save_steps == 0:
+                save_state(run, chat)
+            if asked and not (last or state.stopped_early):
+                raise Stopped(f"{asked} at step {state.step:,} of {plan.n_steps:,}; checkpoint-{state.step} is saved. "
+                              f"Go on with: {resume_command(sys.argv[1:])}")
+
+
+def resume_command(argv: list[str]) -> str:
+    """The command that continues this run."""
+    words = [word for word in argv if word != "--overwrite_output_dir"]
+    words += [] if "--resume_from_checkpoint" in words else ["--resume_from_checkpoint"]
+    return shlex.join(["accelerate", "launch", "scripts/03_sft.py", *words])
+
+
+def check_files(config: SftConfig) -> None:
+    """Every file that is named exists; all that are missing are named at once."""
+    named = [*config.all_dataset_paths(), *config.val_dataset_paths]
+    missing = [path for path in named if not Path(path).is_file()]
+    if missing:
+        there = "does not exist" if len(missing) == 1 else "do not exist"
+        raise UserError(f"{', '.join(missing)}: {there}. Make data sets with scripts/prepare_sft_datasets.py, or check "
+                        "the path.")
+
+
+def check_length(config: SftConfig, base: object) -> None:
+    """The model must be able to see a whole row."""
+    context = getattr(base.get_text_config(), "max_position_embeddings", None)
+    if context and config.max_seq_length > context:
+        raise UserError(f"max_seq_length {config.max_seq_length:,}: the model sees {context:,} tokens. "
+                        f"Set --max_seq_length {context} or less.")
+
+
+def prove_chat(config: SftConfig, chat: Chat) -> list[str]:
+    """Prove tokenizer and template on the first rows of each file; a line for what was found."""
+    from itertools import islice
+
+    from common.rows import RowReader
+
+    rows = [row for path in config.all_dataset_paths() for row in islice(
+        RowReader(path, skip_bad_rows=config.skip_bad_rows, role_map=config.roles()), 200)]
+    found = chat.prove(rows)
+    lines = []
+    if chat.native:
+        lines.append(f"tokenizer: the converted one agrees with SentencePiece on {found['texts']:,} texts of your rows"
+                     + (f" ({found['ties']} ties of equal score)" if found["ties"] else ""))
+    if found["changed"]:
+        lines.append(f"tokenizer: {found['changed'] / found['texts']:.1%} of {found['texts']:,} texts do not come back from "
+                     "decoding as they were (its normaliser changes case, newlines or spaces)")
+    if found["template_rows"]:
+        same = found["template_rows"] - found["template_differs"]
+        lines.append(f"template: the saved chat template gives the training ids for {same:,} of "
+                     f"{found['template_rows']:,} rows")
+    return lines
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    sys.exit(run_main(main))

@@ -1,0 +1,82 @@
+"""Merge a LoRA adapter into its 16- or 32-bit base: a stand-alone model that needs neither peft nor the base.
+
+    python scripts/04_merge_lora.py --model_path checkpoints/sft/first
+    python scripts/04_merge_lora.py --config_path checkpoints/sft/first/run.json --merge_dtype bfloat16
+
+In: a run (or any PEFT adapter directory). Out: RUN/merged with model, tokenizer and chat template. The merged model is
+compared with the adapter on real prompts, before rounding and after reloading it from disk; both differences are printed.
+An interrupted merge leaves nothing: run it again.
+"""
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from common.config import parse, setting
+from common.faults import UserError, run_main
+
+
+@dataclass
+class MergeConfig:
+    """Settings of the merge."""
+
+    model_path: str | None = setting(None, "The run: a directory with adapter_config.json.", path=True)
+    config_path: str | None = setting(None, "The run's run.json, instead of model_path.", path=True)
+    output_dir: str | None = setting(None, "Where the merged model goes. Without it: MODEL_PATH/merged.", path=True)
+    merge_dtype: str | None = setting(None, "Precision of the merged weights. Without it: the base's.",
+                                      choices=("float32", "bfloat16", "float16"))
+    overwrite_output_dir: bool = setting(False, "Replace a merged model that is there.")
+
+    def problems(self) -> list[str]:
+        """One of the two names the run."""
+        if bool(self.model_path) == bool(self.config_path):
+            return ["--model_path: name the run with it, or its run.json with --config_path; one of the two."]
+        return []
+
+
+def main(argv: list[str]) -> int:
+    config = parse(MergeConfig, argv, __doc__, config_flag=None)
+    run = Path(config.model_path) if config.model_path else run_of(Path(config.config_path))
+    if not (run / "adapter_config.json").is_file():
+        raise UserError(f"{run}: no adapter here (adapter_config.json is missing). Full fine-tuning leaves a whole model; "
+                        "there is nothing to merge.")
+    output = Path(config.output_dir) if config.output_dir else run / "merged"
+    if output.exists() and not config.overwrite_output_dir:
+        raise UserError(f"{output}: is there already. --overwrite_output_dir replaces it, --output_dir leaves it alone.")
+
+    from common.chat import load_saved_chat
+    from common.model import load_model, merge_and_save, quiet_libraries, saved_dtype
+
+    quiet_libraries()
+    chat = load_saved_chat(str(run))
+    model = load_model(str(run), dtype="auto")
+    dtype = saved_dtype(model.config, config.merge_dtype)
+    found = merge_and_save(model.float(), chat, output, dtype, prompts(run, chat))
+    print(f"{output}: merged model ({found['dtype']}); largest logit difference to the adapter {found['fp32']:.1e} in fp32, "
+          f"{found['saved']:.1e} as saved")
+    return 0
+
+
+def run_of(path: Path) -> Path:
+    """The run's directory, from its run.json."""
+    try:
+        return Path(json.loads(path.read_text(encoding="utf-8"))["config"]["output_dir"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is not a run.json. Name the run with --model_path.") from None
+
+
+def prompts(run: Path, chat: object) -> list[list[int]]:
+    """Token ids to compare logits on: held-out rows of the run, or a plain sentence."""
+    from common.model import sample_prompts
+    from common.rows import RowReader
+
+    held_out = run / "val.jsonl"
+    rows = list(islice(RowReader(held_out), 4)) if held_out.is_file() else []
+    return sample_prompts(chat.encode_rows(rows)) or [chat.encode_texts(["The quick brown fox jumps over the lazy dog."])[0]]
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,144 @@
+"""What a run leaves in its output directory: plan and held-out rows before the first step, the model and its card after
+the last. All of it loads with plain `transformers` and `peft`."""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from common.chat import Chat
+from common.checkpoint import atomic_json, atomic_write
+from common.data import held_out_rows
+from common.material import Material
+from common.model import merge_and_save, sample_prompts, saved_dtype
+from common.run import Run, read_weights, write_model
+
+BUILT_IN_PROMPTS = ("Who are you?", "Name three colours.", "Explain in one sentence why the sky is blue.",
+                    "Write a short poem about the sea.", "What is two plus two?")
+
+
+def leave_plan(run: Run, described: dict, material: Material) -> None:
+    """run.json, plan.json, val.jsonl and test.jsonl, before the first step. Main process only."""
+    if not (run.directory / "run.json").exists():
+        atomic_json(run.directory / "run.json", described)
+    atomic_json(run.directory / "plan.json", {**material.plan.summary(), "data": {d.name: d.meta for d in material.datasets},
+                                              "notes": material.split.notes})
+    options = {"skip_bad_rows": run.config.skip_bad_rows, "role_map": run.config.roles()}
+    for name, datasets, sides in (("val", material.val_datasets, material.val),
+                                  ("test", material.datasets, material.split.test)):
+        if any(map(len, sides)):
+            write_jsonl(run.directory / f"{name}.jsonl", held_out_rows(datasets, sides, **options))
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write rows so that the file is whole or absent; a file of any size, row by row."""
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(work, "w", encoding="utf-8") as out:
+            for row in rows:
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def leave_model(run: Run, chat: Chat, material: Material) -> None:
+    """The best model (by validation loss; without validation the last) at the top, and what was asked for beside it."""
+    state, config = run.state, run.config
+    if state.best_step not in (None, state.step):
+        read_weights(run, run.directory / f"checkpoint-{state.best_step}")
+        run.say(f"best validation loss {state.best_loss:.4f} at step {state.best_step:,}: these weights are kept")
+    run.accelerator.wait_for_everyone()
+    if not run.main:
+        return
+    dtype = saved_dtype(run.loss_model.causal_lm.config, config.merge_dtype) if config.merge_dtype else run.export_dtype
+    write_model(run, chat, run.directory, dtype)
+    what = "adapter" if config.use_lora else f"model ({str(dtype)[6:]})"
+    run.say(f"{what}, tokenizer and chat template: {run.directory}")
+    if config.do_gen_test:
+        show_answers(run, chat)
+    merged = None
+    if config.merge_adapters:
+        samples = sample_prompts([e for row in material.plan.step_rows(0) for e in material.examples(row)])
+        merged = merge_and_save(run.loss_model.model, chat, run.directory / "merged", dtype, samples)
+        run.say(f"merged model: {run.directory / 'merged'}; largest logit difference to the adapter {merged['fp32']:.1e} in "
+                f"fp32, {merged['saved']:.1e} as saved ({merged['dtype']})")
+    atomic_write(run.directory / "README.md", model_card(run, chat, material, merged))
+    report(run)
+
+
+def report(run: Run) -> None:
+    """Write report.html from what the run left."""
+    from common.report import training_report
+
+    training_report(run.directory)
+    run.say(f"report: {run.directory / 'report.html'}")
+
+
+def show_answers(run: Run, chat: Chat) -> None:
+    """Answer some validation prompts (or built-in ones), print them and write samples.jsonl."""
+    from common.evaluate import generate
+    from common.rows import RowReader
+
+    config, path, asked = run.config, run.directory / "val.jsonl", []
+    for row in RowReader(path) if path.exists() else ():
+        last = max((i for i, m in enumerate(row.messages or []) if m["role"] == "assistant"), default=0)
+        if last and len(asked) < config.num_gen_samples:
+            asked.append((row.messages[:last], row.messages[last]["content"], row.source))
+    asked = asked or [([{"role": "user", "content": p}], None, None) for p in BUILT_IN_PROMPTS[:config.num_gen_samples]]
+    model = run.loss_model.causal_lm.eval()
+    model.set_attn_implementation("sdpa")
+    answers = generate(model, [chat.prompt_ids(messages) for messages, _, _ in asked], stop_ids=chat.stop_ids,
+                       max_new_tokens=config.max_new_tokens, pad_id=chat.pad_id, vocab_size=len(chat.tokenizer))
+    lines = []
+    for (messages, reference, source), answer in zip(asked, answers):
+        text = chat.decode(answer.ids)
+        lines.append({"prompt": messages[-1]["content"], "reference": reference, "prediction": text,
+                      "stopped": answer.stopped, "source": source})
+        run.say(f"> {messages[-1]['content']}", f"{text}{'' if answer.stopped else ' … (cut)'}", "")
+    write_jsonl(run.directory / "samples.jsonl", lines)
+
+
+def model_card(run: Run, chat: Chat, material: Material, merged: dict | None) -> str:
+    """README.md of the run, with metadata the Hub understands."""
+    import yaml
+
+    config, plan, state = run.config, material.plan.summary(), run.state
+    base = config.init_from or config.model_path
+    head = {"base_model": base, "library_name": "peft" if config.use_lora else "transformers",
+            "pipeline_tag": "text-generation", "tags": ["sft"]}
+    shares = [f"| {s['name']} | {s['examples']:,} | {s['draws']:,} | {s['share_examples']:.4f} | {s['trained_tokens']:,} |"
+              for s in plan["sources"]]
+    loss = f"Best validation loss {state.best_loss:.4f} nats a token, at step {state.best_step:,}. " if state.best_loss \
+        else ""
+    library, cls = ("peft", "AutoPeftModelForCausalLM") if config.use_lora else ("transformers", "AutoModelForCausalLM")
+    proof = f"`merged/` is the stand-alone model; its logits differ from the adapter's by at most {merged['saved']:.1e}.\n\n" \
+        if merged else ""
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+# {run.directory.name}
+
+Supervised fine-tuning of `{base}` ({'LoRA' if config.use_lora else 'all weights'}), template `{chat.template_name}`.
+{loss}{state.step:,} steps, {state.tokens:,} tokens ({state.trained_tokens:,} trained), {state.seconds / 60:.1f} minutes.
+
+| data set | examples | drawn | share | trained tokens |
+|---|---:|---:|---:|---:|
+{chr(10).join(shares)}
+
+```python
+from {library} import {cls}
+from transformers import AutoTokenizer
+
+model = {cls}.from_pretrained(place)
+tokenizer = AutoTokenizer.from_pretrained(place)
+turns = [{{"role": "user", "content": "Hello"}}]
+ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0]))
+```
+
+{proof}Settings, versions and fingerprints: `run.json`; what was drawn: `plan.json`; held-out rows: `val.jsonl`.
+"""

@@ -1,0 +1,304 @@
+"""A training run in progress: processes, model, optimizer, state, and how they are written to and read from its directory."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from common.chat import Chat
+from common.checkpoint import TrainState, read_state, save_checkpoint
+from common.config import differences, to_dict
+from common.faults import UserError
+from common.loss import LossModel, choose_attention
+from common.material import Material, gather, recommended_weights
+from common.model import (add_lora, add_tokens, count_parameters, find_model, load_model, save_adapter, save_full,
+                          saved_dtype, set_special_ids)
+from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes
+from common.settings import SftConfig
+from common.train import StepResult, evaluation_rows, make_optimizer
+
+
+@dataclass
+class Run:
+    """What changes while training, and the processes it happens in."""
+
+    config: SftConfig
+    accelerator: Accelerator
+    state: TrainState = field(default_factory=TrainState)
+    loss_model: LossModel | None = None  # the model itself; `wrapped` is what accelerate made of it
+    wrapped: nn.Module | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    export_dtype: torch.dtype = torch.float32
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.accelerator.is_main_process
+
+    def say(self, *lines: str) -> None:
+        """Print on the main process."""
+        if self.main:
+            for line in lines:
+                print(line, flush=True)
+
+
+def start(config: SftConfig) -> Run:
+    """Start the processes (or find them started); refuse a launch that left them apart."""
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator()
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if promised > 1 and accelerator.num_processes == 1:
+        raise UserError(f"the launcher started {promised} processes, but each would train alone. On CPU set the environment "
+                        "variable ACCELERATE_USE_CPU=true; on GPUs start with accelerate launch --multi_gpu.")
+    set_seed(config.seed)
+    return Run(config, accelerator)
+
+
+def rows_per_step(run: Run) -> int:
+    """Rows of the global batch. A resumed run keeps the one it was started with, whatever the number of processes."""
+    config = run.config
+    if config.resume_from_checkpoint and (run.directory / "run.json").exists():
+        return json.loads((run.directory / "run.json").read_text())["rows_per_step"]
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * run.accelerator.num_processes
+
+
+def gather_material(run: Run, chat: Chat, base_config: object) -> Material:
+    """Tokenise, split and plan: one process fills the cache, the others open it."""
+    from tqdm import tqdm
+
+    config, weights = run.config, run.config.dataset_weights
+    if weights == "recommended":
+        weights = recommended_weights(config.dataset_paths, _parameters(base_config))
+        run.say(f"weights recommended for a model of this size: {' '.join(f'{w:g}' for w in weights)}")
+    progress = lambda rows: tqdm(rows, desc=f"reading {rows.path}", unit=" rows", disable=None, leave=False)
+    with run.accelerator.main_process_first():
+        return gather(config, chat, rows_per_step(run), weights, progress)
+
+
+def _parameters(base_config: object) -> int:
+    """Parameters of a model, without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(base_config).num_parameters()
+
+
+def fingerprints(material: Material, chat: Chat, config: SftConfig) -> dict[str, str]:
+    """What a resumed run must find unchanged, beside the settings."""
+    found = {"plan": material.plan.fingerprint(), "tokenizer and template": chat.fingerprint()}
+    found.update({f"data {d.name}": d.meta["key"]["file"] for d in [*material.datasets, *material.val_datasets]})
+    base = Path(find_model(config.model_path).base)
+    if base.is_dir():
+        sizes = [f"{f.name} {f.stat().st_size}" for f in sorted(base.glob("*.safetensors"))]
+        found["model"] = hashlib.sha256("\n".join([(base / "config.json").read_text(), *sizes]).encode()).hexdigest()
+    return found
+
+
+def describe_run(run: Run, material: Material, chat: Chat, argv: list[str]) -> dict:
+    """What run.json holds."""
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "tokenizers", "peft", "accelerate", "sentencepiece", "numpy")
+    return {"config": to_dict(run.config), "rows_per_step": material.plan.rows_per_step,
+            "processes": run.accelerator.num_processes, "mixed_precision": run.accelerator.mixed_precision,
+            "fingerprints": fingerprints(material, chat, run.config),
+            "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+            "command": [Path(sys.argv[0]).name, *argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def check_unchanged(run: Run, new: dict, opened: Opened) -> None:
+    """Refuse to resume a run whose settings, data, tokenizer, model or precision changed (UserError with a table)."""
+    if opened.kind == "fresh" or not (run.directory / "run.json").exists():
+        return
+    old = json.loads((run.directory / "run.json").read_text())
+    launcher = [("mixed_precision", old["mixed_precision"], new["mixed_precision"])]
+    refuse_changes(run.directory, differences(old["config"], new["config"], SftConfig),
+                   [entry for entry in launcher if entry[1] != entry[2]],
+                   fingerprint_differences(old["fingerprints"], new["fingerprints"]))
+
+
+def load_run(run: Run, chat: Chat, material: Material) -> None:
+    """Load the base model, add tokens and LoRA, choose and prove the attention path, make the optimizer."""
+    config, accelerator = run.config, run.accelerator
+    source = config.init_from or config.model_path
+    model = load_model(source, revision=config.revision, trainable_adapter=config.use_lora)
+    run.export_dtype = saved_dtype(model.config, None)
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    token_ids, grown = add_tokens(causal_lm, chat, config.seed)
+    if token_ids:
+        run.say(f"new tokens {' '.join(chat.added_tokens)}: ids {token_ids}, " + (
+            f"embeddings grown to {len(chat.tokenizer):,} rows" if grown else "in spare rows of the embeddings")
+            + ("; their rows are trained beside the adapters" if config.use_lora else ""))
+    set_special_ids(causal_lm, chat)
+    causal_lm.config.use_cache = True
+    if config.use_lora and model is causal_lm:
+        model = _with_adapter(run, model, chat, token_ids, grown)
+    if config.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        causal_lm.enable_input_require_grads()
+    run.loss_model = LossModel(model.to(accelerator.device), "sdpa", config.neftune_noise_alpha)
+    total, trained = count_parameters(model)
+    run.say(f"model {source}: {total / 1e6:,.1f} M parameters, {trained / 1e6:,.2f} M trained "
+            f"({'LoRA' if config.use_lora else 'full'}), precision {accelerator.mixed_precision}, "
+            f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}")
+    probe = sorted((e for row in material.plan.step_rows(0) for e in material.examples(row)),
+                   key=lambda e: len(e.input_ids))[:2]
+    run.say(*choose_attention(run.loss_model, probe, chat.pad_id, config.attn_implementation, config.packing))
+    optimizer = make_optimizer(run.loss_model, config)
+    run.wrapped, run.optimizer = accelerator.prepare(run.loss_model, optimizer)
+
+
+def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], grown: bool) -> nn.Module:
+    """Put LoRA on the model; a base whose embeddings grew is written once, so that the adapter loads on it plainly."""
+    base = run.directory / "base"
+    if grown and run.main and not (base / "config.json").exists():
+        work = run.directory / f".base.{os.getpid()}"
+        save_full(model, work, run.export_dtype)
+        chat.save(work)
+        os.replace(work, base)
+    run.accelerator.wait_for_everyone()
+    if grown:  # train against what was written: its rows may have been rounded to the base's dtype
+        model = load_model(str(base))
+        set_special_ids(model, chat)
+    model = add_lora(model, run.config, token_ids)
+    path = os.path.abspath(base) if grown else run.config.model_path
+    model.peft_config["default"].base_model_name_or_path = os.path.abspath(path) if os.path.isdir(path) else path
+    return model
+
+
+def save_state(run: Run, chat: Chat) -> None:
+    """Write checkpoint-<step>: model or adapter as trained (fp32), optimizer, state, tokenizer."""
+    if run.main:
+        def write(directory: Path) -> None:
+            write_model(run, chat, directory, torch.float32)
+            torch.save(run.optimizer.state_dict(), directory / "optimizer.pt")
+
+        save_checkpoint(run.directory, run.state, write, keep=run.config.save_total_limit)
+    run.accelerator.wait_for_everyone()
+
+
+def write_model(run: Run, chat: Chat, directory: Path, dtype: torch.dtype) -> None:
+    """Write the adapter, or the full model in `dtype`, with tokenizer and template."""
+    model = run.loss_model.model
+    if run.config.use_lora:
+        save_adapter(model, directory)
+        run.loss_model.causal_lm.generation_config.save_pretrained(str(directory))
+    else:
+        save_full(model, directory, dtype)
+    chat.save(directory)
+
+
+def read_weights(run: Run, directory: Path) -> None:
+    """Load the trained weights of a checkpoint into the model; every one of them must be there."""
+    from safetensors.torch import load_file
+
+    model, state = run.loss_model.model, {}
+    for file in sorted(directory.glob("*.safetensors")):
+        state.update(load_file(str(file)))
+    if run.config.use_lora:
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+        wrong = expected ^ set(state)
+        set_peft_model_state_dict(model, state)
+    else:
+        result = model.load_state_dict(state, strict=False)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        wrong = set(result.unexpected_keys) | (set(result.missing_keys) - tied)
+    if wrong:
+        raise UserError(f"{directory}: the checkpoint does not fit the model ({len(wrong)} weights differ, for example "
+                        f"{sorted(wrong)[0]}). Resume with the settings the run was started with.")
+
+
+def restore(run: Run, directory: Path) -> None:
+    """Go on from a checkpoint: weights, optimizer and state."""
+    read_weights(run, directory)
+    run.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", map_location=run.accelerator.device,
+                                             weights_only=True))
+    run.state = read_state(directory)
+    run.say(f"resumed from {directory}: step {run.state.step:,}")
+
+
+def held_out(run: Run, material: Material) -> list[list[tuple[int, int]]]:
+    """The validation rows in the order of evaluation."""
+    return evaluation_rows(material.val_datasets, material.val, run.config.max_seq_length, run.config.packing)
+
+
+@contextmanager
+def log_progress(run: Run, n_steps: int) -> Iterator[Callable]:
+    """Give a function (state, result, metrics line) that shows a progress bar, or lines where there is no terminal,
+    and appends to metrics.jsonl. A line is on disk before the checkpoint of its step."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=n_steps, initial=run.state.step, desc="training", unit=" step", disable=None if run.main else True,
+               dynamic_ncols=True)
+
+    def progress(state: TrainState, result: StepResult | None, line: dict | None) -> None:
+        if not run.main:
+            return
+        if result:
+            bar.update(1)
+            bar.set_postfix_str(f"loss {result.loss:.4f} {result.tokens / result.seconds:,.0f} tok/s")
+        if line:
+            append_metrics(run.directory / "metrics.jsonl", line)
+            if bar.disable:
+                print(_spoken(line, n_steps, state), flush=True)
+            elif "eval_loss" in line:
+                bar.write(_spoken(line, n_steps, state))
+
+    try:
+        yield progress
+    finally:
+        bar.close()
+
+
+def _spoken(line: dict, n_steps: int, state: TrainState) -> str:
+    if "eval_loss" in line:
+        parts = [f"{name.removeprefix('eval_loss/')} {value:.4f}" for name, value in line.items() if "eval_loss/" in name]
+        best = "best so far" if state.best_step == line["step"] else f"best {state.best_loss:.4f} at step {state.best_step}"
+        return (f"step {line['step']:,}/{n_steps:,} eval loss {line['eval_loss']:.4f} "
+                + (f"({', '.join(parts)}) " if len(parts) > 1 else "") + best)
+    return (f"step {line['step']:,}/{n_steps:,} loss {line['loss']:.4f} lr {line['learning_rate']:.2e} "
+            f"grad {line['grad_norm']:.2f} {line['tokens_per_second']:,.0f} tok/s "
+            f"({line['trained_tokens_per_second']:,.0f} trained)")
+
+
+def start_trackers(run: Run) -> Callable[[dict | None], None]:
+    """Start what --report_to names; give a function that passes a metrics line on."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    names = [name for name in run.config.report_to if name != "none"]
+    if not names or not run.main:
+        return lambda line: None
+    started = []
+    for name in names:
+        try:
+            cls = LOGGER_TYPE_TO_CLASS[name]
+            tracker = cls(name, str(run.directory)) if cls.requires_logging_directory else cls("sft")
+            tracker.start()
+        except Exception as fault:  # a tracker must not cost a run; which one is missing is said
+            raise UserError(f"--report_to {name}: it cannot be started ({type(fault).__name__}: {fault}). Install and log in "
+                            "to it, or leave it out.") from fault
+        started.append(tracker)
+
+    def track(line: dict | None) -> None:
+        for tracker in started if line else ():
+            tracker.log({k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}, step=line["step"])
+
+    return track
