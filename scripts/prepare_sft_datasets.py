@@ -86,12 +86,7 @@ def main(argv: list[str]) -> int:
         print(listing())
         return 0
     names = list(dict.fromkeys(n for name in config.dataset for n in (ALL if name == "all" else (name,))))
-    output_dir = Path(config.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as fault:
-        raise UserError(f"--output_dir {output_dir}: {fault.strerror}. Name a directory that can be written.") from None
-    free_of_dead(output_dir)
+    free_of_dead(Path(config.output_dir))
     command = shlex.join(["python", "scripts/prepare_sft_datasets.py", *argv])
     if config.num_proc > 1 and len(names) > 1:
         with ProcessPoolExecutor(min(config.num_proc, len(names)), get_context("spawn")) as pool:
@@ -216,7 +211,9 @@ def to_output(row: Row, spec: Spec) -> dict:
             return out | {"source": row.source or spec.name} | ({"id": row.id} if row.id else {})
         raise UserError(f"{spec.name}: a row of the turns {' '.join(roles)} (line {row.line}) is no prompt and "
                         'response. Give its description the "form": "messages".')
-    return {"source": spec.name} | row_to_json(row)
+    out = row_to_json(row)
+    out.setdefault("source", spec.name)
+    return out
 
 
 def choose(lines: list[bytes], n: int | None, seed: int) -> list[bytes]:
@@ -248,6 +245,7 @@ def publish(folder: Path, manifest: dict, content: bytes, table_rows: bytes | No
              f"{stem}.manifest.json": (json.dumps(manifest, ensure_ascii=False, indent=2) + "\n").encode()}
     written = []
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name, data in parts.items():
             if data is not None:
                 aside = folder / f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"
@@ -262,6 +260,8 @@ def publish(folder: Path, manifest: dict, content: bytes, table_rows: bytes | No
         directory = os.open(folder, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
+    except (FileExistsError, NotADirectoryError, PermissionError) as fault:
+        raise UserError(f"--output_dir {folder}: {fault.strerror}. Name a directory that can be written.") from None
     finally:
         for aside, _ in written:
             aside.unlink(missing_ok=True)

@@ -305,14 +305,21 @@ class RecordReader:
             wanted = [c for c in self.column_names if self.columns is None or c in self.columns]
             n = 0
             for batch in file.iter_batches(batch_size=1024, columns=wanted or self.column_names):
-                for i in range(len(batch)):
+                for record in _batch_rows(batch):
                     n, self.line = n + 1, n + 1
-                    try:
-                        yield n, n, batch.slice(i, 1).to_pylist()[0]
-                    except UnicodeDecodeError as fault:
-                        yield n, n, Bad(_not_utf8(fault))
+                    yield n, n, record
         except (pa.ArrowException, OSError) as fault:
             raise self.fault(f"not a readable parquet file ({str(fault).splitlines()[0]}). Fetch it again.") from None
+
+
+def _batch_rows(batch: object) -> list[dict | Bad]:
+    """The rows of an Arrow record batch; one with text that is not UTF-8 is a finding of its own."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as fault:
+        if len(batch) == 1:
+            return [Bad(_not_utf8(fault))]
+    return [row for i in range(len(batch)) for row in _batch_rows(batch.slice(i, 1))]
 
 
 def _checked(record: object, text: str) -> dict | Bad:
