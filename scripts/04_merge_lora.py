@@ -9,7 +9,6 @@ An interrupted merge leaves nothing: run it again.
 """
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -39,7 +38,7 @@ class MergeConfig:
 
 def main(argv: list[str]) -> int:
     config = parse(MergeConfig, argv, __doc__, config_flag=None)
-    run = Path(config.model_path) if config.model_path else run_of(Path(config.config_path))
+    run = Path(config.model_path) if config.model_path else Path(config.config_path).parent
     if not (run / "adapter_config.json").is_file():
         raise UserError(f"{run}: no adapter here (adapter_config.json is missing). Full fine-tuning leaves a whole model; "
                         "there is nothing to merge.")
@@ -58,14 +57,6 @@ def main(argv: list[str]) -> int:
     print(f"{output}: merged model ({found['dtype']}); largest logit difference to the adapter {found['fp32']:.1e} in fp32, "
           f"{found['saved']:.1e} as saved")
     return 0
-
-
-def run_of(path: Path) -> Path:
-    """The run's directory, from its run.json."""
-    try:
-        return Path(json.loads(path.read_text(encoding="utf-8"))["config"]["output_dir"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is not a run.json. Name the run with --model_path.") from None
 
 
 def prompts(run: Path, chat: object) -> list[list[int]]:

@@ -452,3 +452,17 @@ def _template_source(template: str, tokenizer: PreTrainedTokenizerFast, tokenize
     if template not in BUILT_IN:
         raise UserError(f"--prompt_template: {template!r} is unknown. Use {', '.join(BUILT_IN)}, model, or a .jinja file.")
     return ("{{- bos_token -}}\n" if adds_bos else "") + (TEMPLATE_DIR / f"{template}.jinja").read_text(encoding="utf-8")
+
+
+def load_saved_chat(directory: str) -> Chat:
+    """The tokenizer and template that a run (or a merged model of it) left in `directory`, as they were in training."""
+    config: dict = {}
+    for place in (Path(directory), Path(directory).parent):
+        if (place / "run.json").is_file():
+            config = json.loads((place / "run.json").read_text(encoding="utf-8"))["config"]
+            break
+    known = config.get("prompt_template") in BUILT_IN  # the saved form of another has the system prompt in it already
+    return load_chat(directory, config["prompt_template"] if known else "model",
+                     system_prompt=config.get("system_prompt") if known else None,
+                     assistant_turns=config.get("assistant_turns", "all"),
+                     train_on_prompt=config.get("train_on_prompt", False))

@@ -80,13 +80,16 @@ def to_fast(sp: SentencePiece) -> PreTrainedTokenizerFast:
     Both of the library's own converters differ from SentencePiece (control and byte pieces win over text, newlines and
     runs of spaces are changed), so vocabulary, merges, normaliser and decoder are written out here.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(_unigram(sp.proto) if sp.proto.trainer_spec.model_type == UNIGRAM else _bpe(sp.proto))
     tokenizer.normalizer = _normalizer(sp)
     tokenizer.decoder = _decoder(sp.proto)
     names = {name: sp.native.id_to_piece(i) for name, i in SPECIAL_IDS.items()}
+    bos = f"{names['bos']}:0 "  # as Llama's tokenizers do; apply_chat_template leaves it to the template
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=bos + "$A:0", pair=bos + "$A:0 $B:1", special_tokens=[(names["bos"], SPECIAL_IDS["bos"])])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False,
                                    **{f"{name}_token": piece for name, piece in names.items()})
     control = [p.piece for p in sp.proto.pieces if p.type == CONTROL and p.piece not in names.values()]
