@@ -1,0 +1,102 @@
+"""Being asked to stop: SIGTERM, SIGINT, --max_minutes or the launcher's death set a flag that the loop reads.
+
+    stop = StopFlag(max_minutes).install()      # early, before the heavy imports
+    ... at the end of every step: if stop.requested: save, say why (stop.reason), exit 75
+"""
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+# One request often arrives twice: Ctrl-C reaches launcher and child, then the launcher passes it on or dies of it
+# (accelerate waits 0.25 s). Only a signal later than this is a person who has lost patience.
+SAME_REQUEST_SECONDS = 2.0
+PR_SET_PDEATHSIG = 1
+
+
+class StopFlag:
+    """A flag that a first SIGTERM or SIGINT only sets; a second one ends the process at once with 128 + its number."""
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        """max_minutes: wall-clock minutes from now after which a stop is requested; None for no limit."""
+        self.reason: str | None = None        # "SIGTERM", "SIGINT", "--max_minutes 30", "the launcher ended", or given
+        self.max_minutes = max_minutes
+        self.started = time.monotonic()
+        self.asked: float | None = None       # when the first signal, or the launcher's death, was noticed
+        self.pid = os.getpid()
+        self.launcher: int | None = None      # process id of the launcher, once its death is watched
+        self.launcher_gone = False
+
+    def install(self) -> StopFlag:
+        """Take over SIGTERM and SIGINT (main thread only) and, under a launcher, ask for a signal at its death."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+        if launched():
+            self.follow_launcher()
+        return self
+
+    def handle(self, number: int, _frame: object) -> None:
+        if os.getpid() != self.pid:  # a forked worker: it ends as if there were no handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if self.launcher_died():
+            return
+        now = time.monotonic()
+        if self.asked is not None and now - self.asked > SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
+        self.asked = self.asked or now
+        self.request(signal.Signals(number).name)
+
+    def request(self, reason: str) -> None:
+        """Ask for a stop, for instance because another rank was asked; the first reason stands."""
+        self.reason = self.reason or reason
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop at the end of this step."""
+        self.launcher_died()
+        if self.max_minutes is not None and time.monotonic() - self.started >= 60 * self.max_minutes:
+            self.request(f"--max_minutes {self.max_minutes:g}")
+        return self.reason is not None
+
+    def follow_launcher(self) -> None:
+        """Let the kernel send SIGTERM when the parent dies (Linux; elsewhere `requested` looks). Linux: prctl(2)."""
+        self.launcher = os.getppid()
+        if sys.platform == "linux":
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+                raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+            if self.launcher == 1 and not is_launcher(1):  # died before we asked, and init took us over
+                self.note_launcher_gone()
+        self.launcher_died()  # it may have died between the two lines above
+
+    def launcher_died(self) -> bool:
+        """True once: at the first look after the launcher's death (its signal is then no second signal)."""
+        if self.launcher is None or self.launcher_gone or os.getppid() == self.launcher:
+            return False
+        self.note_launcher_gone()
+        return True
+
+    def note_launcher_gone(self) -> None:
+        self.launcher_gone = True
+        self.asked = time.monotonic()
+        self.request("the launcher ended")
+
+
+def launched() -> bool:
+    """Whether a launcher (accelerate launch, torchrun, deepspeed) started this process."""
+    return "LOCAL_RANK" in os.environ or any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
+
+
+def is_launcher(pid: int) -> bool:
+    """Whether that process looks like a launcher; in a container one can be process 1."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(word in command for word in (b"accelerate", b"torch", b"deepspeed"))
