@@ -92,9 +92,7 @@ def main(argv: list[str]) -> int:
         with ProcessPoolExecutor(min(config.num_proc, len(names)), get_context("spawn")) as pool:
             results = [job.result() for job in [pool.submit(attempt, n, config, command) for n in names]]
     else:
-        results = []
-        for name in names:
-            results.append(attempt(name, config, command))
+        results = [attempt(name, config, command) for name in names]
     good = [r for r in results if not isinstance(r, str)]
     if good:
         print("\n" + table(good))
@@ -141,7 +139,8 @@ def prepare(spec: Spec, config: Config, command: str) -> dict:
             kept.append((json.dumps(out | row_id, ensure_ascii=False).encode() if row_id else content) + b"\n")
         dropped.update(reader.dropped)
         if reader.n_bad:
-            dropped["bad row"] += reader.n_bad if spec.form not in TREE_FORMS else 0
+            if spec.form not in TREE_FORMS:  # there a bad row is a message or a tree, not a candidate
+                dropped["bad row"] += reader.n_bad
             print("\n".join(reader.bad) + f"\n{spec.name}: {reader.n_bad:,} bad rows left out", flush=True)
         counts.update(rows_in=reader.rows_in, bad=reader.n_bad)
         changed.update(reader.notes)
