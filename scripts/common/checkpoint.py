@@ -248,8 +248,8 @@ def no_space(fault: BaseException | None) -> int | None:
         words = re.search(r"os error (\d+)", str(fault))
         if words and int(words[1]) in NO_SPACE:
             return int(words[1])
-        if "PytorchStreamWriter failed writing" in str(fault):
-            return errno.ENOSPC
+        if re.search(r"PytorchStreamWriter failed writing|inline_container.*unexpected pos", str(fault)):
+            return errno.EIO  # torch.save keeps the number to itself
         fault = fault.__cause__ or fault.__context__
     return None
 
@@ -326,7 +326,7 @@ def rotate(run_dir: Path, state: TrainState, keep: int) -> None:
             shutil.rmtree(gone, ignore_errors=True)
             os.rename(path, gone)
             fail_point("in_rotation", state.step)
-            shutil.rmtree(gone)
+            shutil.rmtree(gone, ignore_errors=True)  # a file that a network disk holds on to goes at the next start
 
 
 def tidy(run_dir: Path | str) -> None:
@@ -336,7 +336,7 @@ def tidy(run_dir: Path | str) -> None:
         if replaced and not path.with_name(replaced[1]).exists():
             os.rename(path, path.with_name(replaced[1]))
         elif replaced or re.fullmatch(r"\.(partial|removed)-checkpoint-\d+\.\d+", path.name):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         elif re.fullmatch(r"\..+\.\d+-\d+\.tmp", path.name):
             path.unlink()
 

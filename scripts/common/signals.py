@@ -1,7 +1,7 @@
 """Being asked to stop: SIGTERM, SIGINT, --max_minutes or the launcher's death set a flag that the loop reads.
 
-    stop = StopFlag(max_minutes).install()      # early, before the heavy imports
-    ... at the end of every step: if stop.requested: save, say why (stop.reason), exit 75
+    stop = StopFlag(max_minutes)            # early, before the heavy imports
+    ... at the end of every step: reason = stop.asked(accelerator); if reason: save, say why, exit 75
 """
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ class StopFlag:
     """A flag that a first SIGTERM or SIGINT only sets; a second one ends the process at once with 128 + its number."""
 
     def __init__(self, max_minutes: float | None = None) -> None:
-        """max_minutes: wall-clock minutes from now after which a stop is requested; None for no limit."""
+        """Take over SIGTERM and SIGINT (main thread only) and, under a launcher, ask for a signal at its death.
+
+        max_minutes: wall-clock minutes from now after which a stop is requested; None for no limit.
+        """
         self.reason: str | None = None        # "SIGTERM", "SIGINT", "--max_minutes 30", "the launcher ended", or given
         self.max_minutes = max_minutes
         self.started = time.monotonic()
-        self.asked: float | None = None       # when the first signal, or the launcher's death, was noticed
+        self.noticed: float | None = None     # when the first signal, or the launcher's death, was noticed
         self.pid = os.getpid()
         self.launcher: int | None = None      # process id of the launcher, once its death is watched
         self.launcher_gone = False
-
-    def install(self) -> StopFlag:
-        """Take over SIGTERM and SIGINT (main thread only) and, under a launcher, ask for a signal at its death."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
         if launched():
             self.follow_launcher()
-        return self
 
     def handle(self, number: int, _frame: object) -> None:
         if os.getpid() != self.pid:  # a forked worker: it ends as if there were no handler
@@ -47,9 +46,9 @@ class StopFlag:
         if self.launcher_died():
             return
         now = time.monotonic()
-        if self.asked is not None and now - self.asked > SAME_REQUEST_SECONDS:
+        if self.noticed is not None and now - self.noticed > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
-        self.asked = self.asked or now
+        self.noticed = self.noticed or now
         self.request(signal.Signals(number).name)
 
     def request(self, reason: str) -> None:
@@ -63,6 +62,24 @@ class StopFlag:
         if self.max_minutes is not None and time.monotonic() - self.started >= 60 * self.max_minutes:
             self.request(f"--max_minutes {self.max_minutes:g}")
         return self.reason is not None
+
+    def asked(self, accelerator: object = None) -> str | None:
+        """The reason to stop at the end of this step, or None; the same on every process of the accelerator.
+
+        With several processes this is a collective call: a signal to one of them stops all at the same step.
+        """
+        own = self.reason if self.requested else None
+        if accelerator is None or accelerator.num_processes == 1:
+            return own
+        import torch
+
+        known = [None, "another process was asked to stop", "the launcher ended", "SIGTERM", "SIGINT", "--max_minutes"]
+        code = next((n for n, name in enumerate(known) if name and own and own.startswith(name)), 1) if own else 0
+        found = torch.tensor(code, device=accelerator.device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        if own is None and int(found):
+            self.request(known[int(found)])
+        return self.reason
 
     def follow_launcher(self) -> None:
         """Let the kernel send SIGTERM when the parent dies (Linux; elsewhere `requested` looks). Linux: prctl(2)."""
@@ -84,7 +101,7 @@ class StopFlag:
 
     def note_launcher_gone(self) -> None:
         self.launcher_gone = True
-        self.asked = time.monotonic()
+        self.noticed = time.monotonic()
         self.request("the launcher ended")
 
 
