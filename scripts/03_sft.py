@@ -22,27 +22,26 @@ from typing import TYPE_CHECKING
 from common.config import parse
 from common.faults import Stopped, UserError, run_main
 from common.settings import SftConfig
+from common.signals import StopFlag
 
 if TYPE_CHECKING:
     from common.chat import Chat
     from common.material import Material
     from common.run import Run
     from common.rundir import Opened
-    from common.signals import StopFlag
 
 
 def main(argv: list[str]) -> int:
     config = parse(SftConfig, argv, __doc__)
     check_files(config)
+    stop = StopFlag(config.max_minutes)
 
     from common import leave, show
     from common.chat import load_chat
     from common.model import check_vocabulary, model_config, quiet_libraries, tune_allocator
     from common.run import gather_material, load_run, restore, start
     from common.rundir import decide
-    from common.signals import StopFlag
 
-    stop = StopFlag(config.max_minutes)
     tune_allocator()
     quiet_libraries()
     run = start(config)
