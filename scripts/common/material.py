@@ -1,10 +1,8 @@
 """Everything a run is made of before a model is loaded: data sets, their split, and the plan over them."""
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -13,8 +11,6 @@ from common.data import Dataset, Split, load_dataset, split
 from common.faults import UserError
 from common.plan import Plan, Source, Stage, make_plan
 from common.settings import SftConfig, dataset_name
-
-DATASET_CONFIGS = Path(__file__).resolve().parents[2] / "config" / "sft_datasets"
 
 
 @dataclass(frozen=True)
@@ -86,14 +82,12 @@ def recommended_weights(paths: list[str], parameters: int) -> list[float]:
 
     Raises UserError for a file that no data set file in config/sft_datasets describes.
     """
+    from common.sources import recommended_weight
+
     size = "tiny" if parameters < 1e9 else "small" if parameters < 7e9 else "base"
-    known: dict[str, float] = {}
-    for file in sorted(DATASET_CONFIGS.glob("*.json")):
-        entry = json.loads(file.read_text(encoding="utf-8"))
-        if size in entry.get("recommended_weights", {}):
-            known[dataset_name(entry.get("output", file.stem))] = entry["recommended_weights"][size]
-    unknown = [path for path in paths if dataset_name(path) not in known]
+    weights = [recommended_weight(dataset_name(path), size) for path in paths]
+    unknown = [path for path, weight in zip(paths, weights) if weight is None]
     if unknown:
-        raise UserError(f"--dataset_weights recommended: there is none for {', '.join(unknown)} (known: "
-                        f"{', '.join(known)}). Give one number for each data set.")
-    return [known[dataset_name(path)] for path in paths]
+        raise UserError(f"--dataset_weights recommended: no data set file in config/sft_datasets has a weight for "
+                        f"{', '.join(unknown)}. Give one number for each data set.")
+    return weights
