@@ -4,8 +4,8 @@
         --dataset_paths data/sft/dolly15k.jsonl data/sft/alpaca.jsonl --dataset_weights .6 .4 \\
         --output_dir checkpoints/sft/first --config_path config/sft_tiny.json
 
-In: a base model, its tokenizer, files of rows. Out: a chat model or adapter in Hugging Face form in OUTPUT_DIR, with the
-plan, the metrics, the held-out rows and checkpoints. Everything that decides what is learnt is computed and printed
+In: a base model, its tokenizer, files of rows. Out: a chat model or adapter in Hugging Face form in OUTPUT_DIR, with
+the plan, the metrics, the held-out rows and checkpoints. Everything that decides what is learnt is computed and printed
 before the first step; --dry_run stops there. After an interruption, give the same command again with
 --resume_from_checkpoint: it goes on where it was, bit for bit.
 """
@@ -175,7 +175,8 @@ def prove_chat(config: SftConfig, chat: Chat) -> list[str]:
         lines.append(f"tokenizer: the converted one agrees with SentencePiece on {found['texts']:,} texts of your rows"
                      + (f" ({found['ties']} ties of equal score)" if found["ties"] else ""))
     if found["changed"]:
-        lines.append(f"tokenizer: {found['changed'] / found['texts']:.1%} of {found['texts']:,} texts do not come back from "
+        lines.append(f"tokenizer: {found['changed'] / found['texts']:.1%} of {found['texts']:,} texts do not come "
+                     f"back from "
                      "decoding as they were (its normaliser changes case, newlines or spaces)")
     if found["template_rows"]:
         same = found["template_rows"] - found["template_differs"]

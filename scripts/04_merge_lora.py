@@ -4,7 +4,8 @@
     python scripts/04_merge_lora.py --config_path checkpoints/sft/first/run.json --merge_dtype bfloat16
 
 In: a run (or any PEFT adapter directory). Out: RUN/merged with model, tokenizer and chat template. The merged model is
-compared with the adapter on real prompts, before rounding and after reloading it from disk; both differences are printed.
+compared with the adapter on real prompts, before rounding and after reloading it from disk; both differences are
+printed.
 An interrupted merge leaves nothing: run it again.
 """
 from __future__ import annotations
@@ -40,11 +41,13 @@ def main(argv: list[str]) -> int:
     config = parse(MergeConfig, argv, __doc__, config_flag=None)
     run = Path(config.model_path) if config.model_path else Path(config.config_path).parent
     if not (run / "adapter_config.json").is_file():
-        raise UserError(f"{run}: no adapter here (adapter_config.json is missing). Full fine-tuning leaves a whole model; "
+        raise UserError(f"{run}: no adapter here (adapter_config.json is missing). Full fine-tuning leaves a whole "
+                        f"model; "
                         "there is nothing to merge.")
     output = Path(config.output_dir) if config.output_dir else run / "merged"
     if output.exists() and not config.overwrite_output_dir:
-        raise UserError(f"{output}: is there already. --overwrite_output_dir replaces it, --output_dir leaves it alone.")
+        raise UserError(f"{output}: is there already. --overwrite_output_dir replaces it, --output_dir leaves it "
+                        f"alone.")
 
     from common.chat import load_saved_chat
     from common.model import load_model, merge_and_save, quiet_libraries, saved_dtype
@@ -54,7 +57,8 @@ def main(argv: list[str]) -> int:
     model = load_model(str(run), dtype="auto")
     dtype = saved_dtype(model.config, config.merge_dtype)
     found = merge_and_save(model.float(), chat, output, dtype, prompts(run, chat))
-    print(f"{output}: merged model ({found['dtype']}); largest logit difference to the adapter {found['fp32']:.1e} in fp32, "
+    print(f"{output}: merged model ({found['dtype']}); largest logit difference to the adapter {found['fp32']:.1e} in "
+          f"fp32, "
           f"{found['saved']:.1e} as saved")
     return 0
 
@@ -66,7 +70,8 @@ def prompts(run: Path, chat: object) -> list[list[int]]:
 
     held_out = run / "val.jsonl"
     rows = list(islice(RowReader(held_out), 4)) if held_out.is_file() else []
-    return sample_prompts(chat.encode_rows(rows)) or [chat.encode_texts(["The quick brown fox jumps over the lazy dog."])[0]]
+    return sample_prompts(chat.encode_rows(rows)) or [chat.encode_texts(["The quick brown fox jumps over the lazy "
+                                                                         "dog."])[0]]
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ def leave_plan(run: Run, described: dict, material: Material) -> None:
     """run.json, plan.json, val.jsonl and test.jsonl, before the first step. Main process only."""
     if not (run.directory / "run.json").exists():
         atomic_json(run.directory / "run.json", described)
-    atomic_json(run.directory / "plan.json", {**material.plan.summary(), "data": {d.name: d.meta for d in material.datasets},
-                                              "notes": material.split.notes})
+    atomic_json(run.directory / "plan.json", {**material.plan.summary(), "notes": material.split.notes,
+                                              "data": {d.name: d.meta for d in material.datasets}})
     options = {"skip_bad_rows": run.config.skip_bad_rows, "role_map": run.config.roles()}
     for name, datasets, sides in (("val", material.val_datasets, material.val),
                                   ("test", material.datasets, material.split.test)):
@@ -64,7 +64,8 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
     if config.merge_adapters:
         samples = sample_prompts([e for row in material.plan.step_rows(0) for e in material.examples(row)])
         merged = merge_and_save(run.loss_model.model, chat, run.directory / "merged", dtype, samples)
-        run.say(f"merged model: {run.directory / 'merged'}; largest logit difference to the adapter {merged['fp32']:.1e} in "
+        run.say(f"merged model: {run.directory / 'merged'}; largest logit difference to the adapter "
+                f"{merged['fp32']:.1e} in "
                 f"fp32, {merged['saved']:.1e} as saved ({merged['dtype']})")
     atomic_write(run.directory / "README.md", model_card(run, chat, material, merged))
     report(run)
@@ -110,20 +111,22 @@ def model_card(run: Run, chat: Chat, material: Material, merged: dict | None) ->
     base = config.init_from or config.model_path
     head = {"base_model": base, "library_name": "peft" if config.use_lora else "transformers",
             "pipeline_tag": "text-generation", "tags": ["sft"]}
-    shares = [f"| {s['name']} | {s['examples']:,} | {s['draws']:,} | {s['share_examples']:.4f} | {s['trained_tokens']:,} |"
+    shares = [f"| {s['name']} | {s['examples']:,} | {s['draws']:,} | {s['share_examples']:.4f} | "
+              f"{s['trained_tokens']:,} |"
               for s in plan["sources"]]
-    loss = f"Best validation loss {state.best_loss:.4f} nats a token, at step {state.best_step:,}. " if state.best_loss \
-        else ""
+    loss = "" if state.best_loss is None else (
+        f"Best validation loss {state.best_loss:.4f} nats a token, at step {state.best_step:,}. ")
     library, cls = ("peft", "AutoPeftModelForCausalLM") if config.use_lora else ("transformers", "AutoModelForCausalLM")
-    proof = f"`merged/` is the stand-alone model; its logits differ from the adapter's by at most {merged['saved']:.1e}.\n\n" \
-        if merged else ""
+    proof = "" if merged is None else (
+        f"`merged/` is the stand-alone model; its logits differ from the adapter's by at most {merged['saved']:.1e}.\n\n")
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
 # {run.directory.name}
 
 Supervised fine-tuning of `{base}` ({'LoRA' if config.use_lora else 'all weights'}), template `{chat.template_name}`.
-{loss}{state.step:,} steps, {state.tokens:,} tokens ({state.trained_tokens:,} trained), {state.seconds / 60:.1f} minutes.
+{loss}{state.step:,} steps, {state.tokens:,} tokens ({state.trained_tokens:,} trained), {state.seconds / 60:.1f}
+minutes.
 
 | data set | examples | drawn | share | trained tokens |
 |---|---:|---:|---:|---:|

@@ -1,6 +1,7 @@
 """Rows of examples -> one batch -> the loss, with the vocabulary head only where a token is trained.
 
-Shapes: B rows, T tokens a row, S segments (examples and padding tails), N trained positions, H hidden size, V vocabulary.
+Shapes: B rows, T tokens a row, S segments (examples and padding tails), N trained positions, H hidden size, V
+vocabulary.
 Examples packed into a row never see each other: positions restart at every segment, and the attention path in use is
 told the segments' bounds (our own, flash-attn) or finds them in the positions (sdpa, eager).
 """
@@ -75,7 +76,8 @@ def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
                      attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
                      sliding_window: int | None = None, cu_seq_lens_q: torch.Tensor | None = None,
                      max_length_q: int | None = None, **_: object) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each segment. query (B, heads, T, D), key and value (B, kv heads, T, D) -> (B, T, heads, D).
+    """Causal attention inside each segment. query (B, heads, T, D), key and value (B, kv heads, T, D) -> (B, T, heads,
+    D).
 
     CUDA: torch's own varlen kernel (half precision). CPU: one small causal attention per segment, which beats a masked
     T x T attention 2.5 times at 16 segments in 2,048 tokens.
@@ -119,7 +121,8 @@ def _varlen_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bo
     from torch.nn.attention.varlen import varlen_attn
 
     # The keyword came and went between releases; without it fewer kv heads are passed straight through.
-    gqa = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    gqa = {"enable_gqa": query.shape[1] != key.shape[1]} if takes_gqa else {}
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling,
                        window_size=(window - 1, 0) if window else (-1, 0), **gqa)
 
@@ -131,8 +134,8 @@ class HeadLoss(torch.autograd.Function):
     """Sum of cross entropies of hidden states against a vocabulary matrix, chunk by chunk; the gradient is computed in
     the forward pass, so no logits are kept (the idea of Liger-Kernel's fused linear cross entropy, arXiv:2410.10989).
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> float64 scalar. GEMMs run in `dtype`; log-sum-exp and
-    sums in fp32 and fp64.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> float64 scalar. GEMMs run in `dtype`; log-sum-exp
+    and sums in fp32 and fp64.
     """
 
     @staticmethod
@@ -291,14 +294,15 @@ def choose_attention(loss_model: LossModel, examples: list[Encoded], pad_id: int
                      packing: bool) -> list[str]:
     """Set the attention path and prove it on real examples: packed and apart they must give the same losses.
 
-    asked: auto | packed | sdpa | eager | flash_attention_2. Returns lines for the log. Raises UserError when a path that
-    was asked for leaks or is not there, or when no path keeps this model's examples apart.
+    asked: auto | packed | sdpa | eager | flash_attention_2. Returns lines for the log. Raises UserError when a path
+    that was asked for leaks or is not there, or when no path keeps this model's examples apart.
     """
     model, lines = loss_model.causal_lm, []
     names = {"auto": _preferences(model), "packed": [PACKED]}.get(asked, [asked])
     was_training = loss_model.training
     loss_model.eval()
-    model.set_attn_implementation("eager" if model.config._attn_implementation == PACKED else model.config._attn_implementation)
+    if model.config._attn_implementation == PACKED:
+        model.set_attn_implementation("sdpa")
     reference = np.concatenate(reference_losses(model, examples))
     rows = [examples] if packing else [[e] for e in examples]
     batch = make_batch(rows, pad_id, len(examples[0].input_ids) + 3).to(next(model.parameters()).device)
@@ -315,11 +319,13 @@ def choose_attention(loss_model: LossModel, examples: list[Encoded], pad_id: int
             difference = float(np.abs(found - reference).max()) if len(found) else 0.0
             if difference <= 1e-3 + 0.05 * (next(model.parameters()).dtype != torch.float32):
                 head = "its own forward" if plain else "trained positions only"
-                lines.append(f"attention {_spoken(name)}, head at {head}: {len(examples)} examples packed and apart differ "
+                lines.append(f"attention {_spoken(name)}, head at {head}: {len(examples)} examples packed and apart "
+                             f"differ "
                              f"by at most {difference:.1e} nats a token")
                 loss_model.train(was_training)
                 return lines
-        lines.append(f"attention {_spoken(name)}: examples packed in a row see each other ({difference:.1e} nats a token)")
+        lines.append(f"attention {_spoken(name)}: examples packed in a row see each other ({difference:.1e} nats a "
+                     f"token)")
     raise UserError(f"model {model.config.model_type}: {'; '.join(lines)}. Choose another --attn_implementation, "
                     "or train with --no_packing.")
 

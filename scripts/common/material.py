@@ -51,7 +51,8 @@ def gather(config: SftConfig, chat: Chat, rows_per_step: int, weights: list[floa
                      rows_per_step=rows_per_step, seed=config.seed, max_steps=config.max_steps,
                      weight_unit=config.weight_unit)
     val_datasets, val = (brought, [np.arange(len(d)) for d in brought]) if brought else (datasets, sides.val)
-    return Material(datasets, sides, plan, val_datasets, _subset(val, config.max_eval_samples, config.seed), chat.pad_id)
+    val = _subset(val, config.max_eval_samples, config.seed)
+    return Material(datasets, sides, plan, val_datasets, val, chat.pad_id)
 
 
 def _stages(config: SftConfig, weights: list[float] | None) -> list[Stage]:

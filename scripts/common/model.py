@@ -106,7 +106,8 @@ def check_vocabulary(config: object, chat: Chat, model_path: str) -> None:
     known = len(chat.tokenizer) - len(chat.added_tokens)
     rows = config.get_text_config().vocab_size
     if known > rows:
-        raise UserError(f"{model_path}: the model knows {rows:,} token ids, the tokenizer {known:,}: it belongs to another "
+        raise UserError(f"{model_path}: the model knows {rows:,} token ids, the tokenizer {known:,}: it belongs to "
+                        f"another "
                         "model. Give the model's own tokenizer with --tokenizer_path.")
     beside = find_model(model_path).base
     own = None
@@ -115,18 +116,20 @@ def check_vocabulary(config: object, chat: Chat, model_path: str) -> None:
         mine = {t: i for t, i in chat.tokenizer.get_vocab().items() if t not in chat.added_tokens}
         differ = [t for t, i in own.items() if mine.get(t, i) != i or (t not in mine and len(mine) >= len(own))]
         if differ:
-            raise UserError(f"{model_path}: its own tokenizer and the one given disagree on {len(differ):,} of {len(own):,} "
+            raise UserError(f"{model_path}: its own tokenizer and the one given disagree on {len(differ):,} of "
+                            f"{len(own):,} "
                             f"tokens (for example {differ[0]!r}). Give the tokenizer the model was trained with.")
     elif rows - known > SPARE_ROWS:
-        raise UserError(f"{model_path}: the model has {rows:,} token ids and the tokenizer only {known:,}: it belongs to "
+        raise UserError(f"{model_path}: the model has {rows:,} token ids and the tokenizer only {known:,}: it belongs "
+                        f"to "
                         "another model. Give the model's own tokenizer with --tokenizer_path.")
 
 
 def add_tokens(model: PreTrainedModel, chat: Chat, seed: int) -> tuple[list[int], bool]:
     """Give new tokens their rows: spare ones first, then by growing; return their ids and whether it grew.
 
-    A new row is the mean of the old rows plus seeded noise of their spread, separately for input and output, so that new
-    tokens differ from each other from the start (the library's default leaves them equal to 1e-6).
+    A new row is the mean of the old rows plus seeded noise of their spread, separately for input and output, so that
+    new tokens differ from each other from the start (the library's default leaves them equal to 1e-6).
     """
     ids = chat.tokenizer.convert_tokens_to_ids(chat.added_tokens)
     if not ids:
@@ -192,7 +195,8 @@ def save_adapter(model: nn.Module, directory: Path) -> None:
 
 def save_full(model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
     """Write config, generation_config and weights, rounded to `dtype`, without touching the model in memory."""
-    state = {k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype) for k, v in model.state_dict().items()}
+    rounded = lambda v: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype)
+    state = {name: rounded(value) for name, value in model.state_dict().items()}
     before, model.config.dtype = model.config.dtype, dtype
     model.save_pretrained(str(directory), state_dict=state)
     model.config.dtype = before
@@ -210,7 +214,8 @@ def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.d
     fp32 = _largest_difference(before, _logits(merged, samples))
     scale = max(1.0, max(float(x.abs().max()) for x in before))
     if fp32 > MERGE_TOLERANCE * scale:
-        raise UserError(f"{directory}: merged and adapter logits differ by {fp32:.1e} in fp32, more than {MERGE_TOLERANCE:g} "
+        raise UserError(f"{directory}: merged and adapter logits differ by {fp32:.1e} in fp32, more than "
+                        f"{MERGE_TOLERANCE:g} "
                         f"of their size. The adapter is kept; please report the model and LoRA settings.")
     work = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
@@ -227,7 +232,8 @@ def _logits(model: nn.Module, samples: list[list[int]]) -> list[torch.Tensor]:
     model.set_attn_implementation("eager") if isinstance(model, PreTrainedModel) else \
         model.get_base_model().set_attn_implementation("eager")
     device = next(model.parameters()).device
-    return [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits.float().cpu() for ids in samples]
+    inputs = [torch.tensor([ids], device=device) for ids in samples]
+    return [model(input_ids=ids, use_cache=False).logits.float().cpu() for ids in inputs]
 
 
 def _largest_difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:

@@ -290,6 +290,10 @@ class Plan:
     def n_steps(self) -> int:
         return len(self.step_bounds) - 1
 
+    def row_count(self, step: int) -> int:
+        """Rows of the step's global batch."""
+        return int(self.step_bounds[step + 1] - self.step_bounds[step])
+
     def step_rows(self, step: int) -> list[np.ndarray]:
         """The rows of the global batch of one optimizer step; a row is int64 (k, 2): source and example, k times."""
         return [self._pairs(draws) for draws in self._step_draws(step)]

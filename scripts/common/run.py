@@ -1,4 +1,5 @@
-"""A training run in progress: processes, model, optimizer, state, and how they are written to and read from its directory."""
+"""A training run in progress: processes, model, optimizer, state, and how they are written to and read from its
+directory."""
 from __future__ import annotations
 
 import hashlib
@@ -22,8 +23,17 @@ from common.config import differences, to_dict
 from common.faults import UserError
 from common.loss import LossModel, choose_attention
 from common.material import Material, gather, recommended_weights
-from common.model import (add_lora, add_tokens, count_parameters, find_model, load_model, save_adapter, save_full,
-                          saved_dtype, set_special_ids)
+from common.model import (
+    add_lora,
+    add_tokens,
+    count_parameters,
+    find_model,
+    load_model,
+    save_adapter,
+    save_full,
+    saved_dtype,
+    set_special_ids,
+)
 from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes
 from common.settings import SftConfig
 from common.train import StepResult, evaluation_rows, make_optimizer
@@ -64,7 +74,8 @@ def start(config: SftConfig) -> Run:
     accelerator = Accelerator()
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if promised > 1 and accelerator.num_processes == 1:
-        raise UserError(f"the launcher started {promised} processes, but each would train alone. On CPU set the environment "
+        raise UserError(f"the launcher started {promised} processes, but each would train alone. On CPU set the "
+                        f"environment "
                         "variable ACCELERATE_USE_CPU=true; on GPUs start with accelerate launch --multi_gpu.")
     set_seed(config.seed)
     return Run(config, accelerator)
@@ -269,14 +280,15 @@ def log_progress(run: Run, n_steps: int) -> Iterator[Callable]:
 
 
 def _spoken(line: dict, n_steps: int, state: TrainState) -> str:
+    head = f"step {line['step']:,}/{n_steps:,}"
     if "eval_loss" in line:
-        parts = [f"{name.removeprefix('eval_loss/')} {value:.4f}" for name, value in line.items() if "eval_loss/" in name]
-        best = "best so far" if state.best_step == line["step"] else f"best {state.best_loss:.4f} at step {state.best_step}"
-        return (f"step {line['step']:,}/{n_steps:,} eval loss {line['eval_loss']:.4f} "
-                + (f"({', '.join(parts)}) " if len(parts) > 1 else "") + best)
-    return (f"step {line['step']:,}/{n_steps:,} loss {line['loss']:.4f} lr {line['learning_rate']:.2e} "
-            f"grad {line['grad_norm']:.2f} {line['tokens_per_second']:,.0f} tok/s "
-            f"({line['trained_tokens_per_second']:,.0f} trained)")
+        by_name = [f"{k.removeprefix('eval_loss/')} {v:.4f}" for k, v in line.items() if k.startswith("eval_loss/")]
+        best = "best so far" if state.best_step == line["step"] else (
+            f"best {state.best_loss:.4f} at step {state.best_step:,}")
+        each = f"({', '.join(by_name)}) " if len(by_name) > 1 else ""
+        return f"{head} eval loss {line['eval_loss']:.4f} {each}{best}"
+    return (f"{head} loss {line['loss']:.4f} lr {line['learning_rate']:.2e} grad {line['grad_norm']:.2f} "
+            f"{line['tokens_per_second']:,.0f} tok/s ({line['trained_tokens_per_second']:,.0f} trained)")
 
 
 def start_trackers(run: Run) -> Callable[[dict | None], None]:
@@ -293,12 +305,14 @@ def start_trackers(run: Run) -> Callable[[dict | None], None]:
             tracker = cls(name, str(run.directory)) if cls.requires_logging_directory else cls("sft")
             tracker.start()
         except Exception as fault:  # a tracker must not cost a run; which one is missing is said
-            raise UserError(f"--report_to {name}: it cannot be started ({type(fault).__name__}: {fault}). Install and log in "
+            raise UserError(f"--report_to {name}: it cannot be started ({type(fault).__name__}: {fault}). Install and "
+                            f"log in "
                             "to it, or leave it out.") from fault
         started.append(tracker)
 
     def track(line: dict | None) -> None:
         for tracker in started if line else ():
-            tracker.log({k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}, step=line["step"])
+            numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
+            tracker.log(numbers, step=line["step"])
 
     return track

@@ -1,4 +1,5 @@
-"""What is printed before time is spent: the arithmetic of data and plan, and one example with its trained part marked."""
+"""What is printed before time is spent: the arithmetic of data and plan, and one example with its trained part
+marked."""
 from __future__ import annotations
 
 import sys
@@ -28,7 +29,8 @@ def describe_data(material: Material) -> list[str]:
                 lines.append(f"  {meta[key]:,} {what}")
     lines += [f"note: {note}" for note in material.split.notes]
     if material.val_datasets is not material.datasets:
-        lines.append(f"validation: {material.val_count:,} examples of {', '.join(d.path for d in material.val_datasets)}")
+        lines.append(f"validation: {material.val_count:,} examples of "
+                     f"{', '.join(d.path for d in material.val_datasets)}")
     return lines
 
 

@@ -1,4 +1,5 @@
-"""One optimizer step of the plan, one evaluation, and what surrounds them: optimizer, schedule, the numbers of a log line.
+"""One optimizer step of the plan, one evaluation, and what surrounds them: optimizer, schedule, the numbers of a log
+line.
 
 The loss of a step is the sum over all its trained tokens, of all rows and all ranks, divided by their number, which the
 plan knows beforehand. So the size of a micro-batch, packing and the number of processes change nothing but speed.
@@ -89,7 +90,7 @@ def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torc
         group["lr"] = rate
     size = config.per_device_train_batch_size
     # every rank does the same number of passes, with an empty batch where it has no rows: their reductions must pair
-    passes = max(1, -(-(-(-len(plan.step_rows(step)) // world)) // size))
+    passes = max(1, math.ceil(math.ceil(plan.row_count(step) / world) / size))
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     model.train()
     for i in range(passes):
@@ -112,7 +113,8 @@ def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torc
 
 def _not_finite(step: int, loss: float, norm: float, places: list[str]) -> str:
     shown = ", ".join(places[:20]) + (f" and {len(places) - 20} more" if len(places) > 20 else "")
-    return (f"step {step + 1}: loss {loss}, gradient norm {norm}. Stopped before the optimizer step; the newest checkpoint "
+    return (f"step {step + 1}: loss {loss}, gradient norm {norm}. Stopped before the optimizer step; the newest "
+            f"checkpoint "
             f"is whole. Rows: {shown}. Look at these rows, or lower learning_rate.")
 
 
