@@ -1,0 +1,139 @@
+"""Write the sample: a small text corpus, instruction rows with checkable answers, and two held-out sets.
+
+    python data/sample/make_sample.py                 # -> corpus.txt rows.jsonl heldout.jsonl new_words.jsonl beside it
+
+Everything is generated, so it needs no network and no licence (CC0), and the same seed gives the same bytes.
+
+    corpus      Anna asks Ben.
+                Say it backwards: lamp boat hat
+                hat boat lamp.
+                Which comes last? lamp boat hat
+                hat comes last.
+    row         {"prompt": "Which comes last? lamp boat hat", "response": "hat", "source": "last", "id": "row-17"}
+    heldout     other prompts of the same words: none occurs in rows.jsonl or corpus.txt
+    new_words   prompts of nouns that the corpus uses as often as the others and no row ever mentions
+
+The corpus shows the skills in prose. What the rows add is to answer when asked: the bare answer, then the end of the
+turn. A base model that only goes on writing prose (sentences with a full stop, one question after the other) scores 0.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+NOUNS = ("lamp boat hat drum bell coat book rope pear cup fork knife key ring kite ball sail nest bench gate shoe plum "
+         "jar belt").split()  # in the corpus and in the rows
+NEW_NOUNS = "harp cake fan vase comb shell pot glove".split()  # in the corpus alone
+COLOURS = "red green blue yellow white black brown grey".split()
+NUMBERS = {3: "three", 4: "four", 5: "five"}
+PEOPLE = "Anna Ben Clara David Emma Felix Greta Hugo".split()
+
+
+class Draw:
+    """Seeded choices made of `random()` alone, whose sequence Python promises to keep between versions."""
+
+    def __init__(self, seed: int, purpose: str):
+        self.random = random.Random(f"{seed} {purpose}").random
+
+    def number(self, low: int, high: int) -> int:
+        """A whole number from low to high, both included."""
+        return low + int(self.random() * (high - low + 1))
+
+    def one(self, items: list) -> object:
+        return items[self.number(0, len(items) - 1)]
+
+    def some(self, items: list, n: int) -> list:
+        """n different items in random order."""
+        left = list(items)
+        return [left.pop(self.number(0, len(left) - 1)) for _ in range(n)]
+
+
+def story(draw: Draw) -> str:
+    """One paragraph of the corpus: questions about the same things, answered in sentences."""
+    things = draw.some(NOUNS + NEW_NOUNS, draw.number(3, 5))
+    asker, other = draw.some(PEOPLE, 2)
+    a, b, first, last = *things[:2], things[0], things[-1]
+    if draw.number(0, 2) == 0:
+        colours = draw.some(COLOURS, 2)
+        seen = f"The {a} is {colours[0]} and the {b} is {colours[1]}. Which colour is the "
+        lines = [f"{seen}{thing}?\n{colour}, the {thing} is {colour}."
+                 for thing, colour in draw.some(list(zip((a, b), colours)), 2)]
+    else:
+        listed, back, n = " ".join(things), " ".join(reversed(things)), NUMBERS[len(things)]
+        lists = [f"Say it again: {listed}\n{listed}.", f"Say it backwards: {listed}\n{back}."]
+        lines = draw.some([*lists, *lists, f"Which comes first? {listed}\n{first} comes first.",
+                           f"Which comes last? {listed}\n{last} comes last.", f"How many? {listed}\n{n} in all."], 3)
+    return f"{asker} asks {other}.\n" + "\n".join(lines) + "\n"
+
+
+def _list(question: str, answer: Callable[[list[str]], str]) -> Callable[[Draw, list[str]], tuple[str, str]]:
+    def make(draw: Draw, nouns: list[str]) -> tuple[str, str]:
+        things = draw.some(nouns, draw.number(3, 5))
+        return f"{question} {' '.join(things)}", answer(things)
+    return make
+
+
+def _colour(draw: Draw, nouns: list[str]) -> tuple[str, str]:
+    (a, b), (colour, another) = draw.some(nouns, 2), draw.some(COLOURS, 2)
+    asked, answer = ((a, colour), (b, another))[draw.number(0, 1)]
+    return f"The {a} is {colour} and the {b} is {another}. Which colour is the {asked}?", answer
+
+
+SKILLS: dict[str, Callable[[Draw, list[str]], tuple[str, str]]] = {
+    "first": _list("Which comes first?", lambda things: things[0]),
+    "last": _list("Which comes last?", lambda things: things[-1]),
+    "count": _list("How many?", lambda things: NUMBERS[len(things)]),
+    "again": _list("Say it again:", " ".join),
+    "backwards": _list("Say it backwards:", lambda things: " ".join(reversed(things))),
+    "colour": _colour,
+}
+
+
+def questions(draw: Draw, nouns: list[str], n: int, name: str, taken: set[str], text: str) -> list[dict]:
+    """n rows, the skills in turn, with prompts neither in `taken` nor anywhere in `text`; adds theirs to `taken`."""
+    rows = []
+    while len(rows) < n:
+        skill = list(SKILLS)[len(rows) % len(SKILLS)]
+        prompt, response = SKILLS[skill](draw, nouns)
+        if prompt not in taken and prompt not in text:
+            taken.add(prompt)
+            rows.append({"prompt": prompt, "response": response, "source": skill, "id": f"{name}-{len(rows) + 1}"})
+    return rows
+
+
+def make_sample(seed: int = 0, stories: int = 30_000, rows: int = 6_000, heldout: int = 240) -> dict[str, str]:
+    """Return file name -> content; `heldout` rows in each of the two held-out sets."""
+    taken: set[str] = set()
+    draw = Draw(seed, "corpus")
+    corpus = "\n".join(story(draw) for _ in range(stories))
+    found = {"rows": questions(Draw(seed, "rows"), NOUNS, rows, "row", taken, "")}
+    text = "\n".join([corpus, *taken])
+    found["heldout"] = questions(Draw(seed, "heldout"), NOUNS, heldout, "heldout", taken, text)
+    found["new_words"] = questions(Draw(seed, "new_words"), NEW_NOUNS, heldout, "new-word", taken, text)
+    return {"corpus.txt": corpus} | {
+        f"{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+        for name, made in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent, help="default: beside this script")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stories", type=int, default=30_000, help="paragraphs of the corpus")
+    parser.add_argument("--rows", type=int, default=6_000, help="instruction rows")
+    parser.add_argument("--heldout", type=int, default=240, help="rows of each held-out set")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, content in make_sample(args.seed, args.stories, args.rows, args.heldout).items():
+        part = args.output_dir / f".{name}.part"  # renamed when complete, so that a file is whole or absent
+        part.write_text(content, encoding="utf-8", newline="\n")
+        os.replace(part, args.output_dir / name)
+        print(f"{args.output_dir / name}  {len(content) / 1e6:.2f} MB  {content.count(chr(10)):,} lines")
+
+
+if __name__ == "__main__":
+    main()
