@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from common.config import parse
 from common.faults import Stopped, UserError, run_main
 from common.settings import SftConfig
-from common.signals import StopFlag
+from common.signals import StopFlag, launched
 
 if TYPE_CHECKING:
     from common.chat import Chat
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
     tune_allocator()
     quiet_libraries()
-    run = start(config)
+    run = start(config, argv)
     run.say(*config.notes)
     decide(config.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)  # refuse before time is spent
     source = config.init_from or config.model_path
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         return 0
 
-    with opened_directory(run, chat, material, argv) as opened:
+    with opened_directory(run, chat, material) as opened:
         if opened.kind == "finished":
             return 0
         load_run(run, chat, material)
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 @contextmanager
-def opened_directory(run: Run, chat: Chat, material: Material, argv: list[str]) -> Iterator[Opened]:
+def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opened]:
     """Lock the output directory, decide between fresh and resumed, leave run.json and plan.json; note how it ended."""
     from accelerate.utils import broadcast_object_list
 
@@ -84,7 +84,7 @@ def opened_directory(run: Run, chat: Chat, material: Material, argv: list[str]) 
     config, opened = run.config, [None]
     with RunLock(run.directory, run.say) if run.main else nullcontext():
         if run.main:
-            described = describe_run(run, material, chat, argv)
+            described = describe_run(run, material, chat)
             opened = [open_run_dir(run.directory, config.resume_from_checkpoint, config.overwrite_output_dir,
                                    check=lambda found: check_unchanged(run, described, found), say=run.say)]
             if opened[0].kind != "finished":
@@ -96,7 +96,7 @@ def opened_directory(run: Run, chat: Chat, material: Material, argv: list[str]) 
         if opened[0].kind == "finished":
             yield opened[0]
             return
-        note(status="running", resume_command=resume_command(argv))
+        note(status="running", resume_command=resume_command(run))
         try:
             yield opened[0]
         except BaseException as fault:
@@ -117,6 +117,9 @@ def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
     trackers = start_trackers(run)
     with log_progress(run, plan.n_steps) as progress:
         while state.step < plan.n_steps and not state.stopped_early:
+            begins = state.step in plan.stage_bounds[1:]
+            if begins and config.reset_optimizer_per_stage:
+                run.optimizer.state.clear()
             result = train_step(run.accelerator, run.wrapped, run.optimizer, material, config, state.step)
             line = count_step(state, result, plan, last=state.step + 1 == plan.n_steps, every=config.logging_steps)
             progress(state, result, line)
@@ -133,14 +136,16 @@ def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
                 save_state(run, chat)
             if asked and not (last or state.stopped_early):
                 raise Stopped(f"{asked} at step {state.step:,} of {plan.n_steps:,}; checkpoint-{state.step} is saved. "
-                              f"Go on with: {resume_command(sys.argv[1:])}")
+                              f"Go on with: {resume_command(run)}")
 
 
-def resume_command(argv: list[str]) -> str:
+def resume_command(run: Run) -> str:
     """The command that continues this run."""
-    words = [word for word in argv if word != "--overwrite_output_dir"]
-    words += [] if "--resume_from_checkpoint" in words else ["--resume_from_checkpoint"]
-    return shlex.join(["accelerate", "launch", "scripts/03_sft.py", *words])
+    words = [word for word in run.argv if word != "--overwrite_output_dir"]
+    words += [] if any(w.startswith("--resume_from_checkpoint") for w in words) else ["--resume_from_checkpoint"]
+    precision = run.accelerator.mixed_precision
+    launcher = ["accelerate", "launch", "--mixed_precision", precision] if launched() else ["python"]
+    return shlex.join([*launcher, "scripts/03_sft.py", *words])
 
 
 def check_files(config: SftConfig) -> None:

@@ -11,7 +11,7 @@ from common.chat import Chat
 from common.checkpoint import atomic_json, atomic_write
 from common.data import held_out_rows
 from common.material import Material
-from common.model import merge_and_save, sample_prompts, saved_dtype
+from common.model import load_model, merge_and_save, sample_prompts, saved_dtype
 from common.run import Run, read_weights, write_model
 
 BUILT_IN_PROMPTS = ("Who are you?", "Name three colours.", "Explain in one sentence why the sky is blue.",
@@ -63,7 +63,9 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
     merged = None
     if config.merge_adapters:
         samples = sample_prompts([e for row in material.plan.step_rows(0) for e in material.examples(row)])
-        merged = merge_and_save(run.loss_model.model, chat, run.directory / "merged", dtype, samples)
+        # after 4-bit training the adapter is merged into the base's own weights, not into what is left of them
+        model = load_model(str(run.directory)) if config.load_in_4bit else run.loss_model.model
+        merged = merge_and_save(model, chat, run.directory / "merged", dtype, samples)
         run.say(f"merged model: {run.directory / 'merged'}; largest logit difference to the adapter "
                 f"{merged['fp32']:.1e} in "
                 f"fp32, {merged['saved']:.1e} as saved ({merged['dtype']})")
@@ -118,7 +120,8 @@ def model_card(run: Run, chat: Chat, material: Material, merged: dict | None) ->
         f"Best validation loss {state.best_loss:.4f} nats a token, at step {state.best_step:,}. ")
     library, cls = ("peft", "AutoPeftModelForCausalLM") if config.use_lora else ("transformers", "AutoModelForCausalLM")
     proof = "" if merged is None else (
-        f"`merged/` is the stand-alone model; its logits differ from the adapter's by at most {merged['saved']:.1e}.\n\n")
+        "`merged/` is the stand-alone model; its logits differ from the adapter's by at most "
+        f"{merged['saved']:.1e}.\n\n")
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---

@@ -76,18 +76,33 @@ def model_config(path: str, revision: str | None = None) -> object:
 
 
 def load_model(path: str, *, dtype: torch.dtype | str = torch.float32, revision: str | None = None,
-               trainable_adapter: bool = False) -> nn.Module:
+               trainable_adapter: bool = False, in_4bit: bool = False) -> nn.Module:
     """Load a full or merged model, or a base with its adapter. Weights come from safetensors only; no remote code runs.
 
-    A trained checkpoint may be bf16; `dtype` is what it is held in here (trained weights must be fp32).
+    A trained checkpoint may be bf16; `dtype` is what it is held in here (trained weights must be fp32). in_4bit: hold
+    the base's matrices as NF4 (QLoRA, arXiv:2305.14314).
     """
     place = find_model(path)
-    model = _from_pretrained(AutoModelForCausalLM, place.base, revision, dtype=dtype, use_safetensors=True)
+    options = {"quantization_config": _four_bits()} if in_4bit else {}
+    model = _from_pretrained(AutoModelForCausalLM, place.base, revision, dtype=dtype, use_safetensors=True, **options)
     if place.adapter is None:
         return model
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, place.adapter, is_trainable=trainable_adapter)
+
+
+def _four_bits() -> object:
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit: the package bitsandbytes is not installed. Install it (pip install "
+                        "bitsandbytes), "
+                        "or leave --load_in_4bit out.")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def _from_pretrained(cls: type, path: str, revision: str | None, **options: object) -> object:

@@ -1,12 +1,10 @@
-"""A training run in progress: processes, model, optimizer, state, and how they are written to and read from its
-directory."""
+"""A training run in progress: processes, model, optimizer, state, and how they are written and read."""
 from __future__ import annotations
 
 import hashlib
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from common.model import (
     count_parameters,
     find_model,
     load_model,
+    model_config,
     save_adapter,
     save_full,
     saved_dtype,
@@ -45,6 +44,7 @@ class Run:
 
     config: SftConfig
     accelerator: Accelerator
+    argv: list[str]
     state: TrainState = field(default_factory=TrainState)
     loss_model: LossModel | None = None  # the model itself; `wrapped` is what accelerate made of it
     wrapped: nn.Module | None = None
@@ -67,7 +67,7 @@ class Run:
                 print(line, flush=True)
 
 
-def start(config: SftConfig) -> Run:
+def start(config: SftConfig, argv: list[str]) -> Run:
     """Start the processes (or find them started); refuse a launch that left them apart."""
     from accelerate.utils import set_seed
 
@@ -78,7 +78,7 @@ def start(config: SftConfig) -> Run:
                         f"environment "
                         "variable ACCELERATE_USE_CPU=true; on GPUs start with accelerate launch --multi_gpu.")
     set_seed(config.seed)
-    return Run(config, accelerator)
+    return Run(config, accelerator, argv)
 
 
 def rows_per_step(run: Run) -> int:
@@ -121,7 +121,7 @@ def fingerprints(material: Material, chat: Chat, config: SftConfig) -> dict[str,
     return found
 
 
-def describe_run(run: Run, material: Material, chat: Chat, argv: list[str]) -> dict:
+def describe_run(run: Run, material: Material, chat: Chat) -> dict:
     """What run.json holds."""
     from importlib.metadata import version
 
@@ -130,7 +130,7 @@ def describe_run(run: Run, material: Material, chat: Chat, argv: list[str]) -> d
             "processes": run.accelerator.num_processes, "mixed_precision": run.accelerator.mixed_precision,
             "fingerprints": fingerprints(material, chat, run.config),
             "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-            "command": [Path(sys.argv[0]).name, *argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            "command": ["03_sft.py", *run.argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
 def check_unchanged(run: Run, new: dict, opened: Opened) -> None:
@@ -148,8 +148,14 @@ def load_run(run: Run, chat: Chat, material: Material) -> None:
     """Load the base model, add tokens and LoRA, choose and prove the attention path, make the optimizer."""
     config, accelerator = run.config, run.accelerator
     source = config.init_from or config.model_path
-    model = load_model(source, revision=config.revision, trainable_adapter=config.use_lora)
-    run.export_dtype = saved_dtype(model.config, None)
+    run.export_dtype = saved_dtype(model_config(source, config.revision), None)
+    adapter = find_model(source).adapter is not None
+    # tokens are added to whole weights; a base whose embeddings grow is loaded in 4 bits afterwards
+    grows = len(chat.tokenizer) > model_config(source, config.revision).get_text_config().vocab_size
+    model = load_model(source, revision=config.revision, trainable_adapter=config.use_lora,
+                       in_4bit=config.load_in_4bit and not grows)
+    if adapter and not config.use_lora:
+        model = model.merge_and_unload()
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     token_ids, grown = add_tokens(causal_lm, chat, config.seed)
     if token_ids:
@@ -185,7 +191,7 @@ def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], 
         os.replace(work, base)
     run.accelerator.wait_for_everyone()
     if grown:  # train against what was written: its rows may have been rounded to the base's dtype
-        model = load_model(str(base))
+        model = load_model(str(base), in_4bit=run.config.load_in_4bit)
         set_special_ids(model, chat)
     model = add_lora(model, run.config, token_ids)
     path = os.path.abspath(base) if grown else run.config.model_path
@@ -265,6 +271,7 @@ def log_progress(run: Run, n_steps: int) -> Iterator[Callable]:
             return
         if result:
             bar.update(1)
+            bar.set_description_str(result.stage, refresh=False)
             bar.set_postfix_str(f"loss {result.loss:.4f} {result.tokens / result.seconds:,.0f} tok/s")
         if line:
             append_metrics(run.directory / "metrics.jsonl", line)

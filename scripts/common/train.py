@@ -38,6 +38,7 @@ class StepResult:
     tokens: int
     trained_tokens: int
     seconds: float
+    stage: str
 
 
 def make_optimizer(model: torch.nn.Module, config: SftConfig) -> torch.optim.Optimizer:
@@ -108,7 +109,8 @@ def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torc
         raise NotFinite(_not_finite(step, loss, norm, material.places(plan.step_rows(step))))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, norm, rate, plan.tokens(step), total, time.perf_counter() - started)
+    return StepResult(loss, norm, rate, plan.tokens(step), total, time.perf_counter() - started,
+                      plan.stages[plan.stage_of(step)].name)
 
 
 def _not_finite(step: int, loss: float, norm: float, places: list[str]) -> str:
@@ -159,7 +161,7 @@ def evaluate_loss(accelerator: Accelerator, loss_model: LossModel, datasets: lis
 def count_step(state: TrainState, result: StepResult, plan: Plan, last: bool, every: int) -> dict | None:
     """Book a step that was done; return a line for metrics.jsonl when one is due. Its loss is the token mean since the
     line before; the sums are part of the state, so that a resumed run writes the same lines."""
-    epoch, stage = plan.epoch_of(state.step), plan.stages[plan.stage_of(state.step)].name
+    epoch = plan.epoch_of(state.step)
     state.step += 1
     state.tokens += result.tokens
     state.trained_tokens += result.trained_tokens
@@ -173,7 +175,7 @@ def count_step(state: TrainState, result: StepResult, plan: Plan, last: bool, ev
     line = {"step": state.step, "loss": sums["nats"] / sums["trained_tokens"], "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm, "tokens_per_second": round(sums["tokens"] / sums["seconds"], 1),
             "trained_tokens_per_second": round(sums["trained_tokens"] / sums["seconds"], 1), "epoch": round(epoch, 6),
-            "stage": stage}
+            "stage": result.stage}
     sums.clear()
     return line
 
