@@ -1,0 +1,185 @@
+"""Prompts -> answers, in batches, with a key/value cache, and the same answer in any batch.
+
+Shapes: B rows still being written, T tokens so far (prompts padded on the left to the longest), V vocabulary.
+Rows that have ended leave the batch, so a long answer does not hold up nor pay for the others.
+"""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from common.faults import NotFinite, UserError
+
+
+@dataclass(slots=True)
+class Generated:
+    """One answer. ids: without the stop id. stopped: it ended by itself. cut: the context was full before."""
+
+    ids: list[int] = field(default_factory=list)
+    stopped: bool = False
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class How:
+    """How tokens are chosen and where answers end. temperature 0 takes the likeliest token."""
+
+    stop_ids: frozenset[int]
+    pad_id: int
+    vocab_size: int | None
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def context_limit(model: nn.Module) -> int | None:
+    """Longest sequence the model has positions for, in tokens; None where it names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def generate(model: nn.Module, prompts: list[list[int]], *, max_new_tokens: int, stop_ids: list[int], pad_id: int,
+             vocab_size: int | None = None, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+             batch_size: int = 32, max_batch_tokens: int = 32768,
+             progress: Callable[[int], None] | None = None) -> list[Generated]:
+    """Continue each prompt (token ids, at least one) until a stop id, max_new_tokens, or the end of the context.
+
+    The answers come in the order of the prompts and do not depend on batch_size, max_batch_tokens (prompt and room for
+    the answer, padding included) or the other prompts: greedy ones up to rounding of equal logits, sampled ones because
+    the draws of prompt i are a function of (seed, i). Ids from `vocab_size` on (embedding rows without a token) are
+    never produced. `progress(n)` is told how many prompts have just been answered. Raises NotFinite for NaN logits.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not {"past_key_values", "attention_mask"} <= _accepted(causal_lm):
+        raise UserError(f"model {model.config.model_type}: it has no key/value cache, and answers are written with "
+                        "one. Take a model with attention.")
+    if not all(prompts):
+        raise ValueError("an empty prompt cannot be continued: give at least one token id")
+    how = How(frozenset(stop_ids), pad_id, vocab_size, temperature, top_p, seed)
+    limit = context_limit(causal_lm)
+    room = [max_new_tokens if limit is None else max(0, min(max_new_tokens, limit - len(p))) for p in prompts]
+    answers = [Generated(cut=r < max_new_tokens) for r in room]
+    report = progress or (lambda n: None)
+    report(sum(r == 0 for r in room))
+    same_length = _is_recurrent(causal_lm)
+    was_training = model.training
+    model.eval()
+    try:
+        with ordinary_attention(causal_lm):
+            for rows in _batches(prompts, room, batch_size, max_batch_tokens, same_length):
+                _answer(causal_lm, prompts, room, rows, answers, how, report)
+    finally:
+        model.train(was_training)
+    for answer in answers:
+        answer.cut = answer.cut and not answer.stopped
+    return answers
+
+
+def _accepted(causal_lm: nn.Module) -> set[str]:
+    return set(inspect.signature(causal_lm.forward).parameters)
+
+
+@contextmanager
+def ordinary_attention(causal_lm: nn.Module) -> Iterator[None]:
+    """A model set to our packed attention generates with sdpa: that path knows rows of segments, not a cache."""
+    name = causal_lm.config._attn_implementation
+    if name != "sft_packed":
+        yield
+        return
+    try:
+        causal_lm.set_attn_implementation("sdpa")
+    except ValueError:  # a model without sdpa
+        causal_lm.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        causal_lm.set_attn_implementation(name)
+
+
+def _is_recurrent(causal_lm: nn.Module) -> bool:
+    """Whether padding would pass through a state (Mamba and its like): then only equal lengths share a batch."""
+    kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None) or []
+    return bool(getattr(causal_lm, "_is_stateful", False)) or any("attention" not in kind for kind in kinds)
+
+
+def _batches(prompts: list[list[int]], room: list[int], batch_size: int, max_batch_tokens: int,
+             same_length: bool = False) -> Iterator[list[int]]:
+    """Indices of prompts for each batch, long prompts first, so that what does not fit in memory shows at once."""
+    batch: list[int] = []
+    for i in sorted((i for i, r in enumerate(room) if r), key=lambda i: -len(prompts[i])):
+        if batch:
+            widest = len(prompts[batch[0]]) + max(room[i], max(room[j] for j in batch))
+            full = len(batch) == batch_size or (len(batch) + 1) * widest > max_batch_tokens
+            if full or (same_length and len(prompts[i]) != len(prompts[batch[0]])):
+                yield batch
+                batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _answer(causal_lm: nn.Module, prompts: list[list[int]], room: list[int], rows: list[int],
+            answers: list[Generated], how: How, report: Callable[[int], None]) -> None:
+    """Write the answers of one batch into `answers`."""
+    device, accepted = next(causal_lm.parameters()).device, _accepted(causal_lm)
+    width, most = max(len(prompts[i]) for i in rows), max(room[i] for i in rows)
+    ids = np.full((len(rows), width), how.pad_id, np.int64)
+    mask = np.ones((len(rows), width + most), np.int64)  # the room for the answer is seen as it is filled
+    for b, i in enumerate(rows):
+        ids[b, width - len(prompts[i]):] = prompts[i]
+        mask[b, :width - len(prompts[i])] = 0
+    padded = not mask.all()
+    ids, mask = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    positions = (mask[:, :width].cumsum(1) - 1).clamp_(min=0)
+    draws = None if how.temperature == 0 else np.stack(
+        [np.random.default_rng([how.seed, i]).random(most) for i in rows])  # (B, most)
+    cache, extra = DynamicCache(config=causal_lm.config), {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    for step in range(most):
+        if "position_ids" in accepted:
+            extra["position_ids"] = positions
+        logits = causal_lm(input_ids=ids, attention_mask=mask[:, :width + step] if padded else None,
+                           past_key_values=cache, use_cache=True, **extra).logits[:, -1, :how.vocab_size]  # (B, V)
+        chosen = _choose(logits.float(), how, None if draws is None else draws[:, step])
+        keep = []
+        for b, (i, token) in enumerate(zip(rows, chosen.tolist())):
+            answers[i].stopped = token in how.stop_ids
+            if not answers[i].stopped:
+                answers[i].ids.append(token)
+            if not answers[i].stopped and len(answers[i].ids) < room[i]:
+                keep.append(b)
+        if len(keep) < len(rows):
+            report(len(rows) - len(keep))
+            if not keep:
+                return
+            rows = [rows[b] for b in keep]
+            draws = None if draws is None else draws[keep]
+            index = torch.tensor(keep, device=device)
+            chosen, mask, positions = chosen[index], mask[index], positions[index]
+            cache.batch_select_indices(index)
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+
+
+def _choose(logits: torch.Tensor, how: How, draws: np.ndarray | None) -> torch.Tensor:
+    """The next token of each row, (B, V) -> (B,): the likeliest, or the one at the drawn place of the nucleus.
+
+    Nucleus (top-p) sampling, arXiv:1904.09751: of the tokens in falling probability as many as it takes to reach top_p.
+    """
+    best, token = logits.max(-1)
+    if not torch.isfinite(best).all():
+        raise NotFinite("the model's logits are not finite while it generates. Its weights are broken, or overflow in "
+                        "this precision: try --dtype float32.")
+    if draws is None:
+        return token
+    chances, order = (logits.double() / how.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    if how.top_p < 1:
+        chances[chances.cumsum(-1) - chances >= how.top_p] = 0
+    reached = chances.cumsum(-1)
+    wanted = torch.from_numpy(draws).to(logits.device)[:, None] * reached[:, -1:]
+    return order.gather(1, (reached > wanted).int().argmax(-1, keepdim=True))[:, 0]

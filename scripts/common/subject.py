@@ -1,0 +1,182 @@
+"""What is evaluated: a run, a model, an adapter or a Hub id -> tokenizer, template and weights; and its baseline."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.chat import BUILT_IN, TEMPLATE_DIR, Chat, load_chat, load_tokenizer
+from common.faults import UserError
+from common.model import add_tokens, check_vocabulary, find_model, load_model, model_config, saved_dtype
+from common.rundir import DONE, RUN, STATUS, read_status
+from common.spm import prove_equal
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the run it belongs to; run_dir is None and settings are empty for a model of another origin."""
+
+    path: str
+    run_dir: Path | None
+    settings: dict
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a subject is compared with: a model, where its tokenizer is, and the template it is asked with."""
+
+    path: str
+    tokenizer_path: str
+    template: str
+
+
+def find_subject(path: str) -> Subject:
+    """A model and its run, which is the directory itself or the one above (merged/, checkpoint-N/)."""
+    place = Path(path)
+    inside = place.name == "merged" or place.name.startswith("checkpoint-")
+    run_dir = next((p for p in (place, *([place.parent] if inside else [])) if (p / RUN).is_file()), None)
+    settings = json.loads((run_dir / RUN).read_text(encoding="utf-8"))["config"] if run_dir else {}
+    return Subject(path, run_dir, settings)
+
+
+def newest_run(root: Path) -> Path:
+    """The run in `root` (or one directory deeper) that finished last."""
+    found = []
+    for file in [*root.glob(f"*/{STATUS}"), *root.glob(f"*/*/{STATUS}")]:
+        status = read_status(file.parent) or {}
+        if status.get("status") in DONE:
+            found.append((file.stat().st_mtime, file.parent))
+    if not found:
+        raise UserError(f"{root}: no finished run. Train one with scripts/03_sft.py, or give --model_path.")
+    return max(found)[1]
+
+
+# ---- tokenizer and template
+
+def open_chat(subject: Subject, tokenizer_path: str | None, template: str | None, texts: list[str], say: Say) -> Chat:
+    """The tokenizer saved with the model and its template; one given beside it must agree with it on `texts`."""
+    own = next((str(p) for p in (subject.path, subject.run_dir, find_model(subject.path).base)
+                if p and has_tokenizer(str(p))), None)
+    if own is None:
+        path = tokenizer_path or subject.settings.get("tokenizer_path")
+        if path is None:
+            raise UserError(f"{subject.path}: no tokenizer beside the model. Name it with --tokenizer_path.")
+        chat = load_chat(path, template or default_template(path))
+        say(f"tokenizer {path}; template {chat.template_name}")
+    else:
+        name, remark = saved_template(own, template)
+        chat = load_chat(own, name)
+        say(f"tokenizer {own}; template {remark}")
+        if tokenizer_path and Path(tokenizer_path).resolve() != Path(own).resolve():
+            _check_agreement(tokenizer_path, chat, texts, own, say)
+    chat.assistant_turns = subject.settings.get("assistant_turns", "all")
+    return chat
+
+
+def has_tokenizer(path: str) -> bool:
+    """Whether a directory holds a tokenizer; a Hub id is taken to."""
+    place = Path(path)
+    return not place.exists() or any((place / n).exists() for n in ("tokenizer.json", "vocab.json")) or \
+        any(place.glob("*.model"))
+
+
+def default_template(tokenizer_path: str) -> str:
+    """`model` where the tokenizer brings a chat template, else chatml."""
+    return "model" if isinstance(load_tokenizer(tokenizer_path)[0].chat_template, str) else "chatml"
+
+
+def saved_template(own: str, asked: str | None) -> tuple[str, str]:
+    """(template for load_chat, what to say of it). The saved one stands for a built-in one from which it differs by BOS
+    and system prompt alone."""
+    saved = load_tokenizer(own)[0].chat_template
+    if not isinstance(saved, str):
+        return asked or "chatml", asked or "chatml (the model brings none)"
+    if asked in (None, "model"):
+        return "model", "saved with the model"
+    source = TEMPLATE_DIR / f"{asked}.jinja" if asked in BUILT_IN else Path(asked)
+    if source.is_file() and saved.strip().endswith(source.read_text(encoding="utf-8").strip()):
+        return "model", f"{asked}, as saved with the model"
+    return asked, f"{asked}, which is not the one saved with the model"
+
+
+def _check_agreement(given: str, chat: Chat, texts: list[str], own: str, say: Say) -> None:
+    other, native = load_tokenizer(given)
+    try:
+        if native:
+            prove_equal(native, chat.tokenizer, texts)
+            chat.native = native  # the law for ids, as in training
+        elif chat.encode_texts(texts) != other(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
+            raise UserError("ids differ")
+    except UserError:
+        raise UserError(f"--tokenizer_path {given}: it gives other ids for these rows than {own}. Leave it out: "
+                        "the model brings its own tokenizer.") from None
+    more = len(chat.tokenizer) - len(other)
+    say(f"tokenizer: the model's own is used; it agrees with {given} on {len(texts):,} texts"
+        + (f" and has {more} tokens more" if more > 0 else ""))
+
+
+# ---- weights
+
+def open_model(subject: Subject, chat: Chat, *, merged: bool, dtype: str, seed: int, say: Say) -> nn.Module:
+    """Load what is evaluated. merged: merged/ where it exists, a full model as it is, else the adapter merged here."""
+    adapter, beside = find_model(subject.path).adapter, Path(subject.path) / "merged"
+    if not merged:
+        return load_for(subject.path, chat, dtype=dtype, seed=seed, say=say)
+    if adapter is None:
+        say(f"--no_lora: {subject.path} is a full model, evaluated as it is")
+    elif (beside / "config.json").exists():
+        say(f"--no_lora: the merged model in {beside} is evaluated")
+        return load_for(str(beside), chat, dtype=dtype, seed=seed, say=say)
+    model = load_for(subject.path, chat, dtype=dtype, seed=seed, say=say)
+    if adapter is None:
+        return model
+    say(f"--no_lora: {beside} does not exist; the adapter is merged into its base in memory")
+    return model.merge_and_unload()
+
+
+def load_for(path: str, chat: Chat, *, dtype: str, seed: int, say: Say) -> nn.Module:
+    """Load a model for a chat tokenizer, on the GPU if there is one; tokens it has never seen get fresh rows.
+
+    dtype auto: float32 on CPU, the model's own precision on a GPU.
+    """
+    settings, cuda = model_config(path), torch.cuda.is_available()
+    check_vocabulary(settings, chat, path)
+    automatic = saved_dtype(settings, None) if cuda else torch.float32
+    model = load_model(path, dtype=automatic if dtype == "auto" else getattr(torch, dtype))
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if add_tokens(causal_lm, chat, seed)[0]:
+        say(f"{path}: it does not know {' '.join(chat.added_tokens)}; they get fresh rows, as at the start of training")
+    return model.to("cuda" if cuda else "cpu").eval()
+
+
+# ---- the baseline
+
+def find_baseline(subject: Subject, asked: str | None, tokenizer_path: str | None, template: str | None,
+                  say: Say) -> Baseline | None:
+    """The model to compare with. auto: what the run started from, or the adapter's base, or none, which is said."""
+    adapter = find_model(subject.path).adapter
+    path = asked
+    if asked == "auto":
+        named = subject.settings.get("init_from") or subject.settings.get("model_path")
+        path = named or (find_model(subject.path).base if adapter else None)
+        if path is None:
+            say("baseline: none, because the model names no base; --baseline_path takes one")
+            return None
+        if Path(path).is_absolute() and not Path(path).exists():
+            say(f"baseline: none, because {path} is gone; --baseline_path takes another")
+            return None
+    if path is None or path == subject.path:
+        return None
+    own = path if has_tokenizer(path) else None
+    tokenizer = own or subject.settings.get("tokenizer_path") or tokenizer_path or subject.path
+    name = subject.settings.get("prompt_template") or template or "model"
+    if name == "model" and default_template(tokenizer) != "model":
+        saved = (subject.run_dir or Path(subject.path)) / "chat_template.jinja"
+        name = str(saved) if saved.exists() else "chatml"
+    return Baseline(path, tokenizer, name)
