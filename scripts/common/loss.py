@@ -103,16 +103,17 @@ def _segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bound
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, B * T, D)
+    # split, not slices: the gradient of a slice is a whole tensor of zeros for every segment
+    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    pieces = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (query, key, value)))  # (1, heads, length, D)
     parts = []
-    for start, end in zip(bounds, bounds[1:]):
+    for length, (q, k, v) in zip(lengths, pieces):
         mask = None
-        if window is not None and end - start > window:
-            gap = torch.arange(end - start)[:, None] - torch.arange(end - start)[None]
+        if window is not None and length > window:
+            gap = torch.arange(length)[:, None] - torch.arange(length)[None]
             mask = (gap >= 0) & (gap < window)
-        parts.append(F.scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], attn_mask=mask, dropout_p=dropout,
-            is_causal=mask is None, scale=scaling).transpose(1, 2))
+        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
+                                                    scale=scaling).transpose(1, 2))
     return torch.cat(parts, 1)
 
 

@@ -1,6 +1,7 @@
 """Load a model, fit it to a chat tokenizer, put LoRA on it, merge it, and leave it behind in Hugging Face form."""
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
 import os
@@ -210,11 +211,8 @@ def save_adapter(model: nn.Module, directory: Path) -> None:
 
 def save_full(model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
     """Write config, generation_config and weights, rounded to `dtype`, without touching the model in memory."""
-    rounded = lambda v: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype)
-    state = {name: rounded(value) for name, value in model.state_dict().items()}
-    before, model.config.dtype = model.config.dtype, dtype
-    model.save_pretrained(str(directory), state_dict=state)
-    model.config.dtype = before
+    rounded = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+    rounded.save_pretrained(str(directory))
 
 
 def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.dtype, samples: list[list[int]]) -> dict:

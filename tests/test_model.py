@@ -1,0 +1,178 @@
+"""The model: new rows seeded apart and trained under LoRA, special ids written, merges exact, wrong tokenizers refused."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_llama
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from common.chat import load_chat
+from common.faults import UserError
+from common.loss import PACKED, LossModel, batch_inputs, make_batch
+from common.model import (
+    add_lora,
+    add_tokens,
+    check_vocabulary,
+    find_model,
+    load_model,
+    merge_and_save,
+    save_adapter,
+    save_full,
+    saved_dtype,
+    set_special_ids,
+)
+from common.rows import Row
+from common.settings import SftConfig
+
+ROWS = [Row(i, [{"role": "user", "content": asked}, {"role": "assistant", "content": answer, "train": True}])
+        for i, (asked, answer) in enumerate([("the red cat", "sees"), ("a small dog", "likes it")])]
+
+
+@pytest.fixture
+def chat(spm_unigram: str):
+    return load_chat(spm_unigram, "chatml")
+
+
+
+def grown(tmp_path: Path, chat: object, tied: bool = True, rows: int | None = None) -> torch.nn.Module:
+    size = rows or len(chat.tokenizer) - 2
+    return load_model(make_llama(tmp_path / "base", size, tied=tied))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_differ_from_each_other_and_old_rows_stay(tmp_path: Path, chat: object, tied: bool) -> None:
+    """Bug: the library's default makes both ChatML rows the mean row, equal to 1e-6; or old rows change."""
+    model = grown(tmp_path, chat, tied)
+    before = model.get_input_embeddings().weight.detach().clone()
+    ids, grew = add_tokens(model, chat, seed=1)
+    for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        a, b = table[ids].detach()
+        assert torch.nn.functional.cosine_similarity(a, b, dim=0) < 0.9
+        assert (a - b).norm() > 0.2 * table[:ids[0]].norm(dim=1).mean()
+    assert grew and ids == [len(before), len(before) + 1]
+    assert torch.equal(model.get_input_embeddings().weight[:len(before)], before)
+    again = grown(tmp_path / "again", chat, tied)
+    add_tokens(again, chat, seed=1)
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)  # seeded
+
+
+def test_spare_rows_are_used_before_the_embeddings_grow(tmp_path: Path, chat: object) -> None:
+    """Bug: a padded vocabulary is grown, or shrunk to the tokenizer, and the checkpoint's shapes change."""
+    model = grown(tmp_path, chat, rows=len(chat.tokenizer) + 30)
+    ids, grew = add_tokens(model, chat, seed=1)
+    assert not grew and model.get_input_embeddings().weight.shape[0] == len(chat.tokenizer) + 30
+    set_special_ids(model, chat)
+    assert model.generation_config.suppress_tokens == list(range(len(chat.tokenizer), len(chat.tokenizer) + 30))
+    assert model.generation_config.eos_token_id == [chat.end_id, 3] and model.config.eos_token_id == 3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_trains_the_new_rows_and_no_other_and_merges_exactly(tmp_path: Path, chat: object, tied: bool) -> None:
+    """Bug: chat tokens never trained under LoRA, so the model never stops; whole embeddings in every adapter; a merged
+    model that is another one."""
+    model = grown(tmp_path, chat, tied)
+    ids, _ = add_tokens(model, chat, seed=1)
+    set_special_ids(model, chat)
+    base = tmp_path / "out" / "base"
+    save_full(model, base, torch.float32)
+    config = SftConfig(model_path="x", dataset_paths=["x"], lora_dropout=0.0)
+    model = add_lora(load_model(str(base)), config, ids)
+    model.get_base_model().set_attn_implementation(PACKED)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
+    loss_model, batch = LossModel(model, PACKED), make_batch([chat.encode_rows(ROWS)], 0)
+    for _ in range(5):
+        loss_model(**batch_inputs(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.get_base_model().set_attn_implementation("sdpa")
+    save_adapter(model, tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_size < 200_000
+    assert find_model(str(tmp_path / "out")).base == str(base)
+    reloaded, samples = load_model(str(tmp_path / "out")), [e.input_ids.tolist() for e in chat.encode_rows(ROWS)]
+    with torch.no_grad():
+        ours = model.eval()(input_ids=torch.tensor([samples[0]])).logits
+        theirs = reloaded.eval()(input_ids=torch.tensor([samples[0]])).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    found = merge_and_save(reloaded, chat, tmp_path / "merged", torch.float32, samples)
+    assert found["fp32"] <= 1e-4 and found["saved"] <= 1e-4  # logits of a model with huge weights, hence not 1e-5
+    merged, start = load_model(str(tmp_path / "merged")), load_model(str(base))
+    for side in ("get_input_embeddings", "get_output_embeddings"):
+        a, b = getattr(merged, side)().weight, getattr(start, side)().weight
+        assert (a[ids] != b[ids]).all(1).any() and torch.equal(a[:ids[0]], b[:ids[0]])
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
+
+
+def test_saved_in_half_precision_when_asked_and_unchanged_in_memory(tmp_path: Path, chat: object) -> None:
+    """Bug: rounding for the export rounds the weights that train on."""
+    model = grown(tmp_path, chat)
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    save_full(model, tmp_path / "half", torch.bfloat16)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before) and model.config.dtype == torch.float32
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert half.dtype == torch.bfloat16 == saved_dtype(AutoConfig.from_pretrained(tmp_path / "half"), None)
+    with safe_open(tmp_path / "half" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # tied: stored once
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, chat: object, spm_bpe: str, spm_unigram: str) -> None:
+    """Bug: ids beyond the vocabulary crash in step 1, or, worse, other words are trained under the same ids."""
+    place = make_llama(tmp_path / "small", 100)
+    with pytest.raises(UserError, match="another model"):
+        check_vocabulary(AutoConfig.from_pretrained(place), chat, place)
+    place = make_llama(tmp_path / "large", 5000)
+    with pytest.raises(UserError, match="another model"):
+        check_vocabulary(AutoConfig.from_pretrained(place), chat, place)
+    place = make_llama(tmp_path / "with", 500)
+    load_chat(spm_unigram, "raw").save(place)
+    check_vocabulary(AutoConfig.from_pretrained(place), chat, place)
+    other = load_chat(spm_bpe, "chatml")
+    with pytest.raises(UserError, match="disagree"):
+        check_vocabulary(AutoConfig.from_pretrained(place), other, place)
+
+
+def test_lora_targets_that_do_not_exist_are_named(tmp_path: Path, chat: object) -> None:
+    """Bug: a traceback of the library, or an adapter on nothing."""
+    model = grown(tmp_path, chat)
+    config = SftConfig(model_path="x", dataset_paths=["x"], lora_target_modules=["c_attn"])
+    with pytest.raises(UserError, match="q_proj"):
+        add_lora(model, config, [])
+
+
+def test_no_weights_no_model(tmp_path: Path) -> None:
+    """Bug: a path without a model is looked up on a hub, or fails with a page of traceback."""
+    with pytest.raises(UserError, match="config.json is missing"):
+        find_model(str(tmp_path))
+    with pytest.raises(UserError, match="no such directory"):
+        find_model(str(tmp_path / "nothing"))
+
+
+def test_pickled_weights_are_not_loaded(tmp_path: Path, chat: object) -> None:
+    """Bug: a downloaded pytorch_model.bin runs code when it is unpickled."""
+    place = Path(make_llama(tmp_path / "bin", 100))
+    torch.save(AutoModelForCausalLM.from_pretrained(place).state_dict(), place / "pytorch_model.bin")
+    (place / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        load_model(str(place))
+
+
+def test_four_bits_need_a_package(tmp_path: Path, chat: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a page of traceback instead of the name of the missing package."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="bitsandbytes"):
+        load_model(make_llama(tmp_path / "m", 100), in_4bit=True)
+
+
+def test_what_is_saved_gives_the_same_ids(tmp_path: Path, spm_bpe: str) -> None:
+    """Bug: the tokenizer beside the model is loaded by another class that splits text differently."""
+    chat = load_chat(spm_bpe, "chatml")
+    chat.save(tmp_path / "saved")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    text = "  The red\n\tcat  <|im_end|> </s>"
+    assert loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] == \
+        chat.encode_texts([text])[0]
+    assert np.array_equal(load_chat(str(tmp_path / "saved"), "chatml").encode_rows(ROWS)[0].input_ids,
+                          chat.encode_rows(ROWS)[0].input_ids)
