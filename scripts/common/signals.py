@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from pathlib import Path
 # (accelerate waits 0.25 s). Only a signal later than this is a person who has lost patience.
 SAME_REQUEST_SECONDS = 2.0
 PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopFlag:
     """A flag that a first SIGTERM or SIGINT only sets; a second one ends the process at once with 128 + its number."""
+
+    hooked = False
 
     def __init__(self, max_minutes: float | None = None) -> None:
         """Take over SIGTERM and SIGINT (main thread only) and, under a launcher, ask for a signal at its death.
@@ -30,19 +34,17 @@ class StopFlag:
         self.max_minutes = max_minutes
         self.started = time.monotonic()
         self.noticed: float | None = None     # when the first signal, or the launcher's death, was noticed
-        self.pid = os.getpid()
         self.launcher: int | None = None      # process id of the launcher, once its death is watched
         self.launcher_gone = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self.handle)
+        if not StopFlag.hooked:
+            os.register_at_fork(before=block_signals, after_in_parent=unblock_signals, after_in_child=default_signals)
+            StopFlag.hooked = True
         if launched():
             self.follow_launcher()
 
     def handle(self, number: int, _frame: object) -> None:
-        if os.getpid() != self.pid:  # a forked worker: it ends as if there were no handler
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
         if self.launcher_died():
             return
         now = time.monotonic()
@@ -103,6 +105,25 @@ class StopFlag:
         self.launcher_gone = True
         self.noticed = time.monotonic()
         self.request("the launcher ended")
+
+
+# A forked worker dies of a stop signal. Python forgets one that arrives while it forks: they wait until that is over.
+before_fork = threading.local()
+
+
+def block_signals() -> None:
+    before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before_fork.mask)
+
+
+def default_signals() -> None:
+    for number in STOP_SIGNALS:
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopFlag):
+            signal.signal(number, signal.SIG_DFL)
+    unblock_signals()
 
 
 def launched() -> bool:
