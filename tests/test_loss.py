@@ -107,7 +107,7 @@ def test_head_loss_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr("common.loss.CHUNK_ELEMENTS", elements)
         loss = HeadLoss.apply(hidden, weight, None, targets, torch.float32)
         found = torch.autograd.grad(loss, (hidden, weight))
-        torch.testing.assert_close(float(loss), float(expected), rtol=1e-6, atol=0)
+        torch.testing.assert_close(loss.item(), expected.item(), rtol=1e-6, atol=0)
         for a, b in zip(found, wanted):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""The model: new rows seeded apart and trained under LoRA, special ids written, merges exact, wrong tokenizers refused."""
+"""The model: new rows seeded apart and trained under LoRA, special ids written, merges exact, others refused."""
 from __future__ import annotations
 
 from pathlib import Path
