@@ -178,9 +178,10 @@ def main(argv: list[str]) -> int:
     from transformers import LlamaForCausalLM
 
     from common.chat import load_chat
-    from common.model import tune_allocator
+    from common.model import quiet_libraries, tune_allocator
 
     tune_allocator()
+    quiet_libraries()
     chat = load_chat(config.tokenizer_path, "raw")
     architecture = read_architecture(config.config_path, chat)
     length = config.sequence_length or architecture.max_position_embeddings

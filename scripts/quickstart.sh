@@ -7,6 +7,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 
+# accelerate launch gives a process one thread on a machine without a GPU, unless this says otherwise
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')}
 base=checkpoints/pretrain/sample/final
 run=checkpoints/sft/sample
 step() {  # step HEADING OUTPUT COMMAND...: show the command and run it, unless OUTPUT is there (scripts write whole files)
@@ -44,12 +46,9 @@ import json
 import sys
 
 found = json.load(open(sys.argv[1], encoding="utf-8"))
-print("\n                                   exact match")
-for name, value in (("fine-tuned, held-out prompts", found["exact_match"]),
-                    ("fine-tuned, words of no row", found["exact_match_new_words"]),
-                    ("base, held-out prompts", found["baseline"]["exact_match"]),
-                    ("most frequent answer", found["majority"]["exact_match"])):
-    print(f"{name:<34} {value:.3f}")
-print(f"answers that ended by themselves   {found['stopped']:.3f}")
+print("\nexact match            held-out prompts   words of no row")
+for name, numbers in (("fine-tuned", found), ("base", found["baseline"]), ("best rule, no model", found["majority"])):
+    print(f"{name:<22} {numbers['exact_match']:>16.3f}   {numbers['exact_match_new_words']:>15.3f}")
+print(f"answers that ended     {found['stopped']:>16.3f}   {found['stopped_new_words']:>15.3f}")
 TABLE
 printf '\nModel: %s   Results: %s/eval (report.html, samples.jsonl)\nTalk to it: python scripts/06_eval_sft.py --chat\n' "$run" "$run"

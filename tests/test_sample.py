@@ -39,8 +39,8 @@ def test_same_seed_same_bytes(sample):
 def test_golden_beginning(sample):
     """Guards against a Python version that draws other numbers."""
     assert rows_of(sample["rows.jsonl"])[:2] == [
-        {"prompt": "Which comes first? key pear bench gate shoe", "response": "key", "source": "first", "id": "row-1"},
-        {"prompt": "Which comes last? book cup kite", "response": "kite", "source": "last", "id": "row-2"}]
+        {"prompt": "Which comes first? fork book ball sail", "response": "fork", "source": "first", "id": "row-1"},
+        {"prompt": "Which comes last? boat book pear key", "response": "key", "source": "last", "id": "row-2"}]
 
 
 def test_heldout_prompts_occur_nowhere_else(sample):
@@ -73,7 +73,7 @@ def answer(prompt: str) -> str:
     question, things = (part.strip() for part in prompt.replace("?", ":").split(":"))
     listed = things.split()
     return {"Which comes first": listed[0], "Which comes last": listed[-1], "Say it again": " ".join(listed),
-            "How many": {3: "three", 4: "four", 5: "five"}[len(listed)],
+            "How many": {3: "three", 4: "four"}[len(listed)],
             "Say it backwards": " ".join(listed[::-1])}[question]
 
 
