@@ -2,10 +2,15 @@
 # PYTHON names the interpreter .venv is made with (default python3; 3.11 or newer).
 
 PYTHON=${PYTHON:-python3}
-[ -x .venv/bin/python ] && made_with=.venv/bin/python || made_with=$PYTHON
-if ! "$made_with" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-  echo "error: $made_with ($("$made_with" --version 2>&1 | tail -n 1)) is not Python 3.11 or newer. Name one, after removing .venv if there is one: PYTHON=python3.12 bash $0" >&2
+check_python() {  # check_python INTERPRETER REMEDY: end the script unless it is new enough
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return
+  echo "error: Python 3.11 or newer is needed; $1 is $("$1" --version 2>/dev/null || echo "not there"). $2" >&2
   exit 2
+}
+if [ -x .venv/bin/python ]; then
+  check_python .venv/bin/python "Remove .venv and start again."
+else
+  check_python "$PYTHON" "Name a newer one: PYTHON=python3.12 bash $0"
 fi
 if [ ! -x .venv/bin/python ] || [ ! -x .venv/bin/pip ]; then
   echo "Making .venv with $("$PYTHON" --version)"
