@@ -77,16 +77,17 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
     """Lock the output directory, decide between fresh and resumed, leave run.json and plan.json; note how it ended."""
     from accelerate.utils import broadcast_object_list
 
-    from common.leave import leave_plan
+    from common.leave import forget_plan, leave_plan
     from common.run import check_unchanged, describe_run
     from common.rundir import RunLock, open_run_dir, write_status
 
-    config, opened = run.config, [None]
+    config, opened, new = run.config, [None], False
     with RunLock(run.directory, run.say) if run.main else nullcontext():
         if run.main:
             described = describe_run(run, material, chat)
             opened = [open_run_dir(run.directory, config.resume_from_checkpoint, config.overwrite_output_dir,
                                    check=lambda found: check_unchanged(run, described, found), say=run.say)]
+            new = not (run.directory / "run.json").exists()
             if opened[0].kind != "finished":
                 leave_plan(run, described, material)
         if run.accelerator.num_processes > 1:
@@ -100,6 +101,9 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
         try:
             yield opened[0]
         except BaseException as fault:
+            if new and run.state.step == 0 and isinstance(fault, UserError):  # exit status 2 leaves nothing behind
+                forget_plan(run)
+                raise
             status = getattr(fault, "status", 74 if isinstance(fault, OSError) else 1)
             note(status="stopped" if isinstance(fault, (Stopped, KeyboardInterrupt)) else "failed", exit_status=status,
                  reason=str(fault) or type(fault).__name__)

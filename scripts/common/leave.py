@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def leave_plan(run: Run, described: dict, material: Material) -> None:
                                   ("test", material.datasets, material.split.test)):
         if any(map(len, sides)):
             write_jsonl(run.directory / f"{name}.jsonl", held_out_rows(datasets, sides, **options))
+
+
+def forget_plan(run: Run) -> None:
+    """Remove what was written before the first step, so that the mended command starts anew."""
+    for name in ("run.json", "plan.json", "val.jsonl", "test.jsonl", "run_status.json"):
+        (run.directory / name).unlink(missing_ok=True)
+    shutil.rmtree(run.directory / "base", ignore_errors=True)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
