@@ -354,24 +354,25 @@ def table(found: dict) -> str:
 
     lines = []
     for name, entry in found["datasets"].items():
-        base, asked = entry["baseline"], (entry["baseline"] or {}).get("asked", {})
-        lines += ["", f"{name}: {entry['rows']:,} rows, {entry['tokens']:,} trained tokens; 95 % intervals",
-                  f"{'':16}" + (f"{'base':26}" if base else "") + f"{'tuned':26}" + ("difference" if base else "")]
+        base, apart = entry["baseline"], entry["difference"]
+        rows = [["", *(["base"] if base else []), "tuned", *(["difference"] if base else [])]]
         for metric in METRICS:
             if entry[metric] is None:
                 continue
             cells = [_cell(base[metric], base["intervals"].get(metric))] if base else []
             cells.append(_cell(entry[metric], entry["intervals"].get(metric)))
-            if metric in entry["difference"]:
-                d = entry["difference"][metric]
-                cells.append(_cell(d["value"], (d["low"], d["high"]), "+"))
-            lines.append(f"{metric.replace('_', ' '):16}" + "".join(f"{c:26}" for c in cells).rstrip())
+            if metric in apart:
+                cells.append(_cell(apart[metric]["value"], (apart[metric]["low"], apart[metric]["high"]), "+"))
+            rows.append([metric.replace("_", " "), *cells])
+        widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+        lines += ["", f"{name}: {entry['rows']:,} rows, {entry['tokens']:,} trained tokens; in brackets 95 % intervals"]
+        lines += ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
         if entry["majority"]:
             lines.append(f"without a model, the best rule ({entry['majority']['rule']}) has exact match "
                          f"{entry['majority']['exact_match']:.3f}")
-        if asked:
-            lines.append(f"the base was asked in the way that suits it better: answers {asked['answers']}, loss "
-                         f"{asked['loss']}")
+        if base:
+            lines.append("the base was asked in the way that suits it better: answers "
+                         f"{base['asked']['answers']}, loss {base['asked']['loss']}")
     return "\n".join([*lines, ""])
 
 

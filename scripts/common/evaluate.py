@@ -7,6 +7,7 @@ and order do not matter, rows can be resampled, and two models are compared on t
     bits_per_byte   the same nats in bits, per utf-8 byte of the response: comparable across tokenizers
     token_accuracy  share of trained tokens that are the likeliest one
     exact_match     share of short references (to 64 characters, one line) answered exactly; NFC, stripped, case kept
+    starts_right    share of them with which the answer begins, whatever follows: what is known without keeping the form
     stopped         share of answers that ended by themselves
     mean_length     tokens of an answer
     repetition      share of an answer's 4-grams of tokens that occurred in it before
@@ -31,8 +32,8 @@ from common.rows import Row
 if TYPE_CHECKING:
     from torch import nn
 
-METRICS = ("exact_match", "stopped", "loss", "perplexity", "bits_per_byte", "token_accuracy", "mean_length",
-           "repetition")
+METRICS = ("exact_match", "starts_right", "stopped", "loss", "perplexity", "bits_per_byte", "token_accuracy",
+           "mean_length", "repetition")
 SHORT = 64  # characters: a longer reference has too many right wordings to be compared letter by letter
 RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then vary by a few hundredths of its width
 NGRAM = 4
@@ -182,14 +183,15 @@ def loss_table(losses: list[np.ndarray], hits: list[np.ndarray], n_bytes: list[i
 
 
 def answer_table(answers: list[Generated | None], texts: list[str | None], references: list[str | None]) -> Table:
-    """Answers and references -> exact_match, stopped, mean_length, repetition."""
+    """Answers and references -> exact_match, starts_right, stopped, mean_length, repetition."""
     there = np.array([a is not None for a in answers], np.float64)
     short = np.array([a is not None and is_short(r) for a, r in zip(answers, references)], np.float64)
     exact = np.array([bool(s) and same_text(t, r) for s, t, r in zip(short, texts, references)], np.float64)
+    starts = np.array([bool(s) and begins_with(t, r) for s, t, r in zip(short, texts, references)], np.float64)
     stopped = np.array([a is not None and a.stopped for a in answers], np.float64)
     lengths = np.array([0 if a is None else len(a.ids) for a in answers], np.float64)
-    return {"exact_match": np.stack([exact, short], 1), "stopped": np.stack([stopped, there], 1),
-            "mean_length": np.stack([lengths, there], 1),
+    return {"exact_match": np.stack([exact, short], 1), "starts_right": np.stack([starts, short], 1),
+            "stopped": np.stack([stopped, there], 1), "mean_length": np.stack([lengths, there], 1),
             "repetition": np.array([repeated(a.ids if a else []) for a in answers], np.float64).reshape(-1, 2)}
 
 
@@ -202,6 +204,12 @@ def is_short(reference: str | None) -> bool:
 def same_text(a: str, b: str) -> bool:
     """Equal after NFC and without white space at the ends; case counts."""
     return unicodedata.normalize("NFC", a).strip() == unicodedata.normalize("NFC", b).strip()
+
+
+def begins_with(text: str, reference: str) -> bool:
+    """Whether a text begins with the reference as whole words: "four apples" with "four", not with "fou"."""
+    text, reference = (unicodedata.normalize("NFC", x).strip() for x in (text, reference))
+    return text.startswith(reference) and not text[len(reference):][:1].isalnum()
 
 
 def repeated(ids: list[int]) -> tuple[int, int]:
@@ -282,10 +290,10 @@ def chosen_rows(table: Table, rows: list[int]) -> Table:
 def better_of(template: Measured, plain: Measured) -> tuple[Measured, dict[str, str]]:
     """The baseline: for its answers and for its loss the way of asking that suits it better, and which that was."""
     a, b = summarise(template.table), summarise(plain.table)
-    lower = lambda name: (b[name] is not None) and (a[name] is None or b[name] < a[name])
-    higher = lambda name: (b[name] is not None) and (a[name] is None or b[name] > a[name])
-    plain_loss = lower("bits_per_byte")
-    plain_answers = higher("exact_match") or (a["exact_match"] == b["exact_match"] and plain_loss)
+    plain_loss = b["bits_per_byte"] is not None and (
+        a["bits_per_byte"] is None or b["bits_per_byte"] < a["bits_per_byte"])
+    key = lambda means: (means["exact_match"] or 0.0, means["starts_right"] or 0.0)
+    plain_answers = key(b) > key(a) or (key(b) == key(a) and plain_loss)
     said, lost = (plain if plain_answers else template), (plain if plain_loss else template)
     table = {name: (lost if name in ("loss", "token_accuracy", "bits_per_byte") else said).table[name]
              for name in template.table}

@@ -15,11 +15,11 @@ from common.checkpoint import atomic_write
 
 SHOWN = 200  # samples in a page; all of them are in samples.jsonl
 LONGEST = 2000  # characters of a text in a page
-NAMES = {"exact_match": "exact match", "stopped": "stopped by itself", "loss": "loss, nats a token",
-         "perplexity": "perplexity", "bits_per_byte": "bits per byte", "token_accuracy": "token accuracy",
-         "mean_length": "length, tokens", "repetition": "repeated 4-grams"}
-HIGHER_IS_BETTER = {"exact_match": True, "stopped": True, "loss": False, "perplexity": False, "bits_per_byte": False,
-                    "token_accuracy": True, "repetition": False}
+NAMES = {"exact_match": "exact match", "starts_right": "starts right", "stopped": "stopped by itself",
+         "loss": "loss, nats a token", "perplexity": "perplexity", "bits_per_byte": "bits per byte",
+         "token_accuracy": "token accuracy", "mean_length": "length, tokens", "repetition": "repeated 4-grams"}
+HIGHER_IS_BETTER = {"exact_match": True, "starts_right": True, "stopped": True, "token_accuracy": True,
+                    "loss": False, "perplexity": False, "bits_per_byte": False, "repetition": False}
 BLUE, ORANGE, GREY = "#3b82c4", "#d9822b", "#888888"  # readable on white and on black
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #2a8f4f; --bad: #c8443c; }

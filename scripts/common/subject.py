@@ -38,6 +38,7 @@ class Baseline:
 
 def find_subject(path: str) -> Subject:
     """A model and its run, which is the directory itself or the one above (merged/, checkpoint-N/)."""
+    find_model(path)  # raises UserError if there is none
     place = Path(path)
     inside = place.name == "merged" or place.name.startswith("checkpoint-")
     run_dir = next((p for p in (place, *([place.parent] if inside else [])) if (p / RUN).is_file()), None)

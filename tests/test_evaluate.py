@@ -1,0 +1,379 @@
+"""Generation gives the same answers in any batch; the numbers are right by hand; 06 finds model, tokenizer, rows."""
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import chat_rows, make_llama, write_rows
+
+from common.chat import load_chat
+from common.evaluate import (
+    Measured,
+    Options,
+    answer_table,
+    better_of,
+    compare,
+    loss_table,
+    make_case,
+    measure,
+    repeated,
+    response_bytes,
+    results,
+    same_text,
+    score,
+    summarise,
+    trivial_answers,
+)
+from common.faults import NotFinite, UserError, run_main
+from common.generate import Generated, generate
+from common.rows import Row
+
+SCRIPT = importlib.import_module("06_eval_sft")
+V = 60
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    """A random model whose greedy answers vary and stop at different lengths."""
+    from transformers import AutoModelForCausalLM
+
+    place = make_llama(tmp_path_factory.mktemp("llama"), V, context=64, kv_heads=1, seed=3)
+    return AutoModelForCausalLM.from_pretrained(place).eval()
+
+
+def prompts(count: int = 24, longest: int = 30) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(4, V, size=int(n)).tolist() for n in rng.integers(1, longest, size=count)]
+
+
+SETTINGS = {"max_new_tokens": 20, "stop_ids": [3, 7, 11, 13], "pad_id": 0}
+
+
+def library_answer(model: torch.nn.Module, prompt: list[int]) -> Generated:
+    """The answer by transformers, one prompt alone."""
+    room = min(20, 64 - len(prompt))
+    out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                         max_new_tokens=room, do_sample=False, eos_token_id=SETTINGS["stop_ids"], pad_token_id=0)
+    ids = out[0, len(prompt):].tolist()
+    stopped = ids[-1] in SETTINGS["stop_ids"]
+    return Generated(ids[:-1] if stopped else ids, stopped, cut=room < 20 and not stopped)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "sft_packed"])
+def test_batched_answers_equal_those_of_the_library_one_by_one(llama: torch.nn.Module, attention: str) -> None:
+    """Guards against padding that is attended to, positions that count padding, rows mixed up when others leave the
+    batch, answers out of order, and training's attention path (which has no cache) being used to generate."""
+    asked = prompts()
+    expected = [library_answer(llama, p) for p in asked]
+    assert 3 < sum(e.stopped for e in expected) < len(expected), "the test needs answers that stop and that do not"
+    llama.set_attn_implementation(attention)
+    try:
+        for batch_size, budget in ((1, 10**6), (5, 10**6), (64, 10**6), (64, 150)):
+            found = generate(llama, asked, **SETTINGS, batch_size=batch_size, max_batch_tokens=budget)
+            assert found == expected, (batch_size, budget)
+        assert llama.config._attn_implementation == attention
+    finally:
+        llama.set_attn_implementation("sdpa")
+
+
+def test_sampled_answers_are_a_function_of_seed_and_row(llama: torch.nn.Module) -> None:
+    """Guards against a shared generator, with which an answer depends on its neighbours and on the batch size."""
+    asked = prompts(16)
+    how = {**SETTINGS, "temperature": 1.5, "top_p": 0.9}
+    one = generate(llama, asked, **how, seed=1, batch_size=1)
+    assert generate(llama, asked, **how, seed=1, batch_size=16) == one
+    assert generate(llama, asked, **how, seed=2, batch_size=16) != one
+    same = generate(llama, [asked[0]] * 8, **how, seed=1)
+    assert len({tuple(a.ids) for a in same}) > 1, "the same prompt in two rows is drawn twice"
+
+
+def test_a_tiny_nucleus_is_greedy(llama: torch.nn.Module) -> None:
+    """Guards against top_p that drops the likeliest token or keeps all of them."""
+    asked = prompts(8)
+    assert generate(llama, asked, **SETTINGS, temperature=3.0, top_p=1e-9) == generate(llama, asked, **SETTINGS)
+
+
+def test_rows_without_a_token_are_never_produced(llama: torch.nn.Module) -> None:
+    """Guards against spare rows of a padded embedding in an answer: they decode to nothing."""
+    for temperature in (0.0, 5.0):
+        found = generate(llama, prompts(), **SETTINGS, vocab_size=20, temperature=temperature)
+        assert max(i for a in found for i in a.ids) < 20
+
+
+def test_the_context_is_never_exceeded(llama: torch.nn.Module) -> None:
+    """Guards against positions the model has never had, and against a cut answer that looks like a finished one."""
+    asked = [[5] * 63, [5] * 64, [5] * 70, [5] * 10]
+    found = generate(llama, asked, max_new_tokens=20, stop_ids=[], pad_id=0)
+    assert [len(a.ids) for a in found] == [1, 0, 0, 20]
+    assert [a.cut for a in found] == [True, True, True, False] and not any(a.stopped for a in found)
+
+
+def test_progress_counts_every_prompt_once(llama: torch.nn.Module) -> None:
+    """Guards against a bar that never fills."""
+    told: list[int] = []
+    generate(llama, [*prompts(), [5] * 64], **SETTINGS, batch_size=4, progress=told.append)
+    assert sum(told) == 25
+
+
+def test_a_broken_model_is_named_not_decoded(llama: torch.nn.Module) -> None:
+    """Guards against NaN logits, whose largest is token 0."""
+    from copy import deepcopy
+
+    broken = deepcopy(llama)
+    broken.get_input_embeddings().weight.data[:] = math.nan
+    with pytest.raises(NotFinite, match="not finite"):
+        generate(broken, prompts(2), **SETTINGS)
+
+
+def test_losses_do_not_depend_on_the_batch(llama: torch.nn.Module, tiny_model: str, spm_unigram: str) -> None:
+    """Guards against padding or neighbours in the loss; equal to 1e-7 relative, and to the model's own full logits."""
+    from common.loss import reference_losses
+    from common.model import load_model
+
+    chat = load_chat(spm_unigram, "instruct")
+    model = load_model(tiny_model).eval()
+    rows = [Row(i, [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"],
+                                                               "train": True}]) for i, r in enumerate(chat_rows(20))]
+    examples = chat.encode_rows(rows)
+    means = []
+    for size in (1, 7, 20):
+        losses, hits = score(model, examples, chat.pad_id, size)
+        assert [len(x) for x in losses] == [int(e.trained.sum()) for e in examples] == [len(x) for x in hits]
+        means.append(sum(x.sum() for x in losses) / sum(map(len, losses)))
+    assert max(means) - min(means) <= 1e-7 * means[0]
+    model.set_attn_implementation("eager")
+    for own, reference in zip(losses, reference_losses(model, examples)):
+        assert np.abs(own - reference).max() < 1e-5
+
+
+def test_numbers_by_hand() -> None:
+    """Guards against a mean of row means: 3 tokens of 1 nat and 1 token of 5 nats are 2 nats a token, not 3."""
+    table = loss_table([np.ones(3), np.array([5.0])], [np.array([1, 1, 0], bool), np.array([1], bool)], [6, 2])
+    table |= answer_table([Generated([1, 2, 3, 4, 1, 2, 3, 4], True), Generated([1], False)], ["four apples", "Red "],
+                          ["four", "Red"])
+    found = summarise(table)
+    assert found["loss"] == 2.0 and found["perplexity"] == math.exp(2.0) and found["token_accuracy"] == 0.75
+    assert found["bits_per_byte"] == pytest.approx(8 / math.log(2) / 8)
+    assert found["exact_match"] == 0.5 and found["starts_right"] == 1.0 and found["stopped"] == 0.5
+    assert found["mean_length"] == 4.5 and found["repetition"] == 0.2 and (found["rows"], found["tokens"]) == (2, 4)
+
+
+@pytest.mark.parametrize("a, b, same", [("e\u0301", "\u00e9", True), (" x\n", "x", True), ("Red", "red", False),
+                                        ("a  b", "a b", False)])
+def test_exact_match_is_nfc_stripped_case_kept(a: str, b: str, same: bool) -> None:
+    """Guards against two spellings of the same letter, and against forgiving what was not asked for."""
+    assert same_text(a, b) is same
+
+
+def test_long_references_are_not_compared() -> None:
+    """Guards against an exact match of 0 on essays: only one line of at most 64 characters has one right wording."""
+    answers, references = [Generated([1], True)] * 4, ["x" * 64, "x" * 65, "a\nb", None]
+    table = answer_table(answers, [r or "" for r in references], references)
+    assert table["exact_match"].tolist() == [[1, 1], [0, 0], [0, 0], [0, 0]]
+    assert summarise(table | loss_table([np.zeros(0)] * 4, [np.zeros(0, bool)] * 4, [0] * 4))["loss"] is None
+
+
+def test_repetition_counts_what_came_before() -> None:
+    """Guards against an off-by-one in the 4-grams: a a a a a has two, one of them repeated."""
+    assert repeated([1, 1, 1, 1, 1]) == (1, 2) and repeated([1, 2, 3]) == (0, 0)
+
+
+def tables(rows: int, seed: int, chance: float) -> dict:
+    rng = np.random.default_rng(seed)
+    right = rng.random(rows) < chance
+    table = answer_table([Generated([1], True)] * rows, ["a" if r else "b" for r in right], ["a"] * rows)
+    return table | loss_table([rng.random(3) for _ in range(rows)], [np.ones(3, bool)] * rows, [3] * rows)
+
+
+def test_intervals_are_seeded_and_as_wide_as_theory_says() -> None:
+    """Guards against intervals of tokens or of the wrong rows: the half width of a share is 1.96 sqrt(pq/n)."""
+    table = tables(400, 0, 0.7)
+    own, _, _ = compare(table, seed=5)
+    assert compare(table, seed=5)[0] == own != compare(table, seed=6)[0]
+    low, high = own["exact_match"]
+    share = summarise(table)["exact_match"]
+    assert low < share < high
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(share * (1 - share) / 400), rel=0.1)
+
+
+def test_a_difference_is_paired() -> None:
+    """Guards against resampling the two models apart: equal tables differ by exactly nothing."""
+    table = tables(50, 0, 0.5)
+    _, _, apart = compare(table, table)
+    assert all((d["value"], d["low"], d["high"]) == (0, 0, 0) for d in apart.values())
+
+
+def test_a_row_becomes_a_question() -> None:
+    """Guards against asking for a turn that is context, and against bytes of turns that are not trained."""
+    messages = [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "first", "train": True},
+                {"role": "user", "content": "q2"}, {"role": "assistant", "content": "żółw", "train": True},
+                {"role": "user", "content": "q3"}, {"role": "assistant", "content": "no", "train": False}]
+    case = make_case(Row(1, messages), "s")
+    assert (case.prompt, case.reference, len(case.context)) == ("q2", "żółw", 3)
+    assert response_bytes(case.row) == 5 + 7 and response_bytes(Row(1, None, "ab")) == 2
+    assert make_case(Row(1, None, "ab"), "s").context == []
+
+
+def cases(pairs: list[tuple[str, str]]) -> list:
+    return [make_case(Row(i, [{"role": "user", "content": p}, {"role": "assistant", "content": r, "train": True}]), "s")
+            for i, (p, r) in enumerate(pairs)]
+
+
+def test_rules_without_a_model() -> None:
+    """Guards against a baseline that is too weak: copying must be tried beside the most frequent answer."""
+    found = trivial_answers(cases([("Last? a b c", "c"), ("Last? d e", "e"), ("Last? x", "no")]))
+    assert found["exact_match"] == pytest.approx(2 / 3) and found["rule"] == "last 1 words of the prompt"
+    assert trivial_answers(cases([("q", "yes"), ("w", "no")]), Counter({"no": 3}))["exact_match"] == 0.5
+    assert trivial_answers(cases([("q", "x" * 65)])) is None
+
+
+def test_the_better_way_of_asking_counts_for_the_base() -> None:
+    """Guards against a base that loses for free because it has never seen the chat tokens."""
+    plain, template = (Measured(tables(20, 1, chance), [], []) for chance in (0.9, 0.0))
+    best, asked = better_of(template, plain)
+    assert asked["answers"] == "plain"
+    assert summarise(best.table)["exact_match"] == summarise(plain.table)["exact_match"]
+
+
+def test_numbers_at_the_top_are_those_of_the_first_data_set() -> None:
+    """Guards against a mean over data sets where the held-out prompts are asked for."""
+    sets = [(name, cases([("q", "a")] * 10)) for name in ("heldout", "new_words")]
+    tuned = [Measured(tables(10, i, chance), [None] * 10, [None] * 10) for i, chance in enumerate((1.0, 0.0))]
+    base = [(Measured(tables(10, 9, 0.0), [None] * 10, [None] * 10), {"answers": "plain", "loss": "plain"})] * 2
+    found = results(sets, tuned, base)
+    assert (found["main"], found["exact_match"], found["exact_match_new_words"]) == ("heldout", 1.0, 0.0)
+    assert found["baseline"]["exact_match"] == found["baseline"]["exact_match_new_words"] == 0.0
+    assert found["majority"]["exact_match"] == 1.0 and found["total"]["exact_match"] == 0.5
+    assert found["datasets"]["heldout"]["difference"]["exact_match"]["value"] == 1.0
+    json.dumps(found, allow_nan=False)
+
+
+# ---- the script
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, spm_unigram: str, tiny_model: str) -> Path:
+    """What a finished LoRA run leaves (chatml, so with two tokens more than the .model), untrained."""
+    from common.model import add_lora, add_tokens, load_model, save_adapter, save_full, set_special_ids
+    from common.settings import SftConfig
+
+    root = tmp_path_factory.mktemp("work")
+    place = root / "checkpoints" / "sft" / "first"
+    chat = load_chat(spm_unigram, "chatml")
+    model = load_model(tiny_model)
+    token_ids, _ = add_tokens(model, chat, 0)
+    set_special_ids(model, chat)
+    (place / "base").mkdir(parents=True)
+    save_full(model, place / "base", torch.float32)
+    model.name_or_path = model.config._name_or_path = str(place / "base")
+    save_adapter(add_lora(model, SftConfig(model_path=tiny_model), token_ids), place)
+    chat.save(place)
+    rows = [{"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": "red cat"}],
+             "source": "ab"[i % 2]} for i, r in enumerate(chat_rows(12))]
+    write_rows(place / "val.jsonl", rows)
+    config = {"model_path": tiny_model, "tokenizer_path": spm_unigram, "prompt_template": "chatml",
+              "dataset_paths": [str(place / "val.jsonl")], "assistant_turns": "all", "use_lora": True}
+    (place / "run.json").write_text(json.dumps({"config": config}))
+    (place / "run_status.json").write_text(json.dumps({"status": "finished"}))
+    return place
+
+
+def evaluate(run: Path, *argv: str) -> int:
+    before = os.getcwd()
+    os.chdir(run.parents[2])
+    try:
+        return run_main(SCRIPT.main, list(argv))
+    finally:
+        os.chdir(before)
+
+
+def test_alone_gen_only_takes_the_newest_finished_run(run: Path, capsys: pytest.CaptureFixture) -> None:
+    """Guards against a default that needs a path, takes an unfinished run, or overwrites other samples."""
+    unfinished = run.parent / "second"
+    unfinished.mkdir(exist_ok=True)
+    (unfinished / "run_status.json").write_text(json.dumps({"status": "running"}))
+    assert evaluate(run, "--gen_only", "--max_new_tokens", "4") == 0
+    out = capsys.readouterr().out
+    assert f"model {Path('checkpoints/sft/first')}, the newest finished run" in out and out.count("\n> ") == 5
+    assert len((run / "eval" / "gen_samples.jsonl").read_text().splitlines()) == 5
+    assert not (run / "eval" / "eval_results.json").exists()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_run_is_measured_beside_the_raw_tokenizer(run: Path, spm_unigram: str, tmp_path: Path, merged: bool,
+                                                    capsys: pytest.CaptureFixture) -> None:
+    """Guards against the raw .model replacing the run's tokenizer (its chat tokens would be lost), against files that
+    are missing or not JSON, and against --no_lora without effect."""
+    more = ["--no_lora"] if merged else []
+    assert evaluate(run, "--model_path", "checkpoints/sft/first", "--tokenizer_path", spm_unigram, "--dataset_paths",
+                    str(run / "val.jsonl"), "--prompt_template", "chatml", "--max_eval_samples", "8",
+                    "--max_new_tokens", "4", "--output_dir", str(tmp_path / "out"), *more) == 0
+    out = capsys.readouterr().out
+    assert "it agrees with" in out and "has 2 tokens more" in out and "chatml, as saved with the model" in out
+    assert ("merged into its base in memory" in out) is merged
+    found = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert found["rows"] == 8 and found["baseline"]["rows"] == 8 and found["majority"]["exact_match"] == 1.0
+    assert found["loss"] == pytest.approx(math.log(found["perplexity"])) and set(found["sources"]) == {"a", "b"}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 8 and {"prompt", "reference", "prediction", "stopped", "source", "nll"} <= set(lines[0])
+    assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_chat_of_a_run_gives_the_ids_of_training(run: Path, spm_unigram: str) -> None:
+    """Guards against evaluation that renders prompts differently from training (BOS lost with the saved tokenizer)."""
+    from common.subject import find_subject, open_chat
+
+    turns = [{"role": "user", "content": "the red cat"}]
+    training = load_chat(spm_unigram, "chatml")
+    for template in (None, "chatml", "model"):
+        assert open_chat(find_subject(str(run)), None, template, [], lambda line: None).prompt_ids(turns) == \
+            training.prompt_ids(turns)
+
+
+@pytest.mark.parametrize("argv, finding", [
+    (["--top_p", ".5"], "changes nothing at temperature 0"),
+    (["--gen_only", "--baseline_path", "x/y"], "compares nothing"),
+    (["--dataset_paths", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["--model_path", "./nowhere"], "./nowhere: no such directory"),
+    (["--tokenizer_path", "OTHER"], "gives other ids")])
+def test_a_mistake_is_one_sentence(run: Path, spm_bpe: str, capsys: pytest.CaptureFixture, argv: list[str],
+                                   finding: str) -> None:
+    """Guards against flags without effect, tracebacks for a wrong path, and numbers from another model's tokenizer."""
+    before = sorted(p.name for p in run.iterdir())
+    assert evaluate(run, *[spm_bpe if a == "OTHER" else a for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert finding in error and "Traceback" not in error
+    assert sorted(p.name for p in run.iterdir()) == before
+
+
+def test_a_base_model_with_plain_text(tiny_model: str, spm_unigram: str, tmp_path: Path) -> None:
+    """Guards against rows without a question, which have a loss and no answer."""
+    write_rows(tmp_path / "t.jsonl", [{"text": f"the red cat sees {i}"} for i in range(5)])
+    assert run_main(SCRIPT.main, [
+        "--model_path", tiny_model, "--tokenizer_path", spm_unigram, "--prompt_template", "raw",
+        "--dataset_paths", str(tmp_path / "t.jsonl"), "--output_dir", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "eval_results.json").read_text())
+    assert found["loss"] > 0 and found["exact_match"] is None and found["baseline"] is None
+
+
+def test_rows_longer_than_the_context_are_counted(tiny_model: str, spm_unigram: str) -> None:
+    """Guards against rows that vanish from a mean without a word."""
+    from common.model import load_model
+
+    chat, model = load_chat(spm_unigram, "instruct"), load_model(tiny_model)
+    found = measure(model, chat, cases([("a", "b"), ("the cat " * 200, "b")]), Options(max_new_tokens=2), context=256)
+    assert found.left_out == 1 and found.table["loss"][:, 1].tolist()[1] == 0 and found.answers[1].cut
+
+
+def test_unknown_template_file_is_refused(run: Path, capsys: pytest.CaptureFixture) -> None:
+    """Guards against a misspelt template taken as the default."""
+    assert evaluate(run, "--prompt_template", "nowhere.jinja", "--gen_only") == 2
+    assert "nowhere.jinja" in capsys.readouterr().err
+    with pytest.raises(UserError):
+        load_chat("nowhere/at/all")
