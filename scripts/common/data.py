@@ -6,6 +6,7 @@ file's bytes, the tokenizer, the template, the lengths and the format; `meta.jso
 """
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -22,10 +23,11 @@ import numpy as np
 
 from common.chat import Chat, Encoded
 from common.faults import UserError
-from common.settings import dataset_name
 from common.rows import Row, RowReader, row_to_json
+from common.settings import dataset_name
 
-FORMAT = 1  # part of the key: raise it when what is stored changes
+FORMAT = 2  # part of the key: raise it when what is stored changes
+ARRAYS = {"offsets": 1, "lines": 0, "groups": 0, "trained_counts": 0}  # entries more than examples
 BATCH_ROWS = 2000  # rows tokenised in one call: enough for all cores, small enough for a laptop
 
 
@@ -68,21 +70,25 @@ def load_dataset(path: str | Path, chat: Chat, *, max_seq_length: int, too_long:
     Raise UserError for bad rows (all counted, the first ones shown) and when no row with a trained token is left.
     """
     path = Path(path)
-    key = {"file": _sha256(path), "chat": chat.fingerprint(), "max_seq_length": max_seq_length, "too_long": too_long,
-           "skip_bad_rows": skip_bad_rows, "role_map": role_map or {}, "format": FORMAT}
+    key = {"file": _sha256(path), "name": path.name, "chat": chat.fingerprint(), "max_seq_length": max_seq_length,
+           "too_long": too_long, "skip_bad_rows": skip_bad_rows, "role_map": role_map or {}, "format": FORMAT}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     stem = dataset_name(str(path))
     place = Path(cache_dir) / f"{stem}-{digest[:7]}"
-    if _meta(place).get("sha256") != digest:
+    if not _is_whole(place, digest):
         work = place.with_name(f".{place.name}.{os.getpid()}")
-        shutil.rmtree(work, ignore_errors=True)
+        for left in place.parent.glob(f".{place.name}.*"):  # of builds that were killed, ours or of another process
+            if left == work or not _is_alive(left.suffix[1:]):
+                shutil.rmtree(left, ignore_errors=True)
         work.mkdir(parents=True)
         try:
             reader = RowReader(path, skip_bad_rows=skip_bad_rows, role_map=role_map)
             meta = _tokenise(reader, chat, max_seq_length, too_long, work, progress)
-            (work / "meta.json").write_text(json.dumps({**meta, "sha256": digest, "key": key, "file": str(path)}, indent=1))
-            shutil.rmtree(place, ignore_errors=True)
-            os.replace(work, place)
+            if reader.sha256 != key["file"]:
+                raise UserError(f"{path}: the file changed while it was read. Start again when it is complete.")
+            meta |= {"sha256": digest, "key": key, "file": str(path)}
+            (work / "meta.json").write_text(json.dumps(meta, indent=1))
+            _replace(work, place, digest)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return _open(place, stem, str(path))
@@ -95,7 +101,28 @@ def _sha256(path: Path) -> str:
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory. Name the files in it.") from None
     except OSError as fault:
-        raise UserError(f"{path}: {fault.strerror}. Make it with scripts/prepare_sft_datasets.py, or check the path.") from None
+        raise UserError(f"{path}: {fault.strerror}. Make it with scripts/prepare_sft_datasets.py, "
+                        "or check the path.") from None
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _replace(work: Path, place: Path, digest: str) -> None:
+    """Move a finished directory to its place. Another process may have been faster with the same content."""
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        os.replace(work, place)
+    except OSError:
+        if not _is_whole(place, digest):
+            raise
 
 
 def _meta(place: Path) -> dict:
@@ -105,8 +132,23 @@ def _meta(place: Path) -> dict:
         return {}
 
 
+def _is_whole(place: Path, digest: str) -> bool:
+    """Whether the cached data set has this key and files of the right size (a power cut can empty a renamed file)."""
+    meta = _meta(place)
+    if meta.get("sha256") != digest:
+        return False
+    examples, tokens = meta["examples"], meta["tokens"]
+    try:
+        flat = all((place / f"{name}.bin").stat().st_size == tokens * size
+                   for name, size in (("input_ids", 4), ("trained", 1)))
+        return flat and all(len(np.load(place / f"{name}.npy", mmap_mode="r")) == examples + extra
+                            for name, extra in ARRAYS.items())
+    except (OSError, ValueError):
+        return False
+
+
 def _open(place: Path, name: str, path: str) -> Dataset:
-    arrays = {x: np.load(place / f"{x}.npy", mmap_mode="r") for x in ("offsets", "lines", "groups", "trained_counts")}
+    arrays = {x: np.load(place / f"{x}.npy", mmap_mode="r") for x in ARRAYS}
     return Dataset(name, path, np.memmap(place / "input_ids.bin", np.int32, "r"),
                    np.memmap(place / "trained.bin", np.bool_, "r"), **arrays, meta=_meta(place))
 
@@ -123,33 +165,46 @@ def _tokenise(reader: RowReader, chat: Chat, max_seq_length: int, too_long: str,
     counts: Counter[str] = Counter()
     lengths, lines, groups, trained_counts = array("i"), array("q"), array("Q"), array("i")
     apart = chat.encoded_apart
-    with open(place / "input_ids.bin", "wb") as ids_file, open(place / "trained.bin", "wb") as trained_file:
-        for batch in _batches(progress(reader)):
-            for row, encoded in zip(batch, chat.encode_rows(batch)):
-                counts["tokens_before_fitting"] += len(encoded.input_ids)
-                for example in fit(row, encoded, chat, max_seq_length, too_long, counts):
-                    ids_file.write(example.input_ids.tobytes())
-                    trained_file.write(example.trained.tobytes())
-                    lengths.append(len(example.input_ids))
-                    trained_counts.append(int(example.trained.sum()))
-                    lines.append(row.line)
-                    groups.append(prompt_hash(row.first_prompt()))
+    collects = gc.isenabled()
+    gc.disable()  # rows are many small objects without cycles: a fifth of the time would go into looking for some
+    try:
+        with open(place / "input_ids.bin", "wb") as ids_file, open(place / "trained.bin", "wb") as trained_file:
+            for batch in _batches(progress(reader)):
+                for row, encoded in zip(batch, chat.encode_rows(batch)):
+                    examples = fit(row, encoded, chat, max_seq_length, too_long, counts)
+                    group = prompt_hash(row.first_prompt()) if examples else 0
+                    for example in examples:
+                        ids_file.write(example.input_ids.data)
+                        trained_file.write(example.trained.data)
+                        lengths.append(len(example.input_ids))
+                        trained_counts.append(np.count_nonzero(example.trained))
+                        lines.append(row.line)
+                        groups.append(group)
+    finally:
+        if collects:
+            gc.enable()
+    dropped = Counter(reader.dropped)
+    dropped.update({k.removeprefix("dropped: "): n for k, n in counts.items() if k.startswith("dropped: ")})
     if not lengths:
-        reasons = {**reader.dropped, **{k: n for k, n in counts.items() if k.startswith("dropped: ")}}
-        raise UserError(f"{reader.path}: no row with anything to train on is left ({reasons or 'the file has no rows'}).")
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "the file has no rows"
+        raise UserError(f"{reader.path}: no row with anything to train on is left ({reasons}). "
+                        "Give rows with answers, or a larger --max_seq_length.")
     np.save(place / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
     np.save(place / "lines.npy", np.array(lines, np.int64))
     np.save(place / "groups.npy", np.array(groups, np.uint64))
     np.save(place / "trained_counts.npy", np.array(trained_counts, np.int32))
-    dropped = Counter(reader.dropped)
-    dropped.update({k.removeprefix("dropped: "): n for k, n in counts.items() if k.startswith("dropped: ")})
-    return {"rows_in": reader.rows_in, "rows_bad": reader.n_bad, "examples": len(lengths), "tokens": int(sum(lengths)),
-            "trained_tokens": int(sum(trained_counts)), "dropped": dict(dropped), "rows_split": counts["rows split"],
-            "rows_cut": counts["rows cut"], "encoded_apart": chat.encoded_apart - apart, "form": reader.form}
+    return {"rows_in": reader.rows_in, "rows_bad": reader.n_bad, "rows_kept": len(set(lines)),
+            "examples": len(lengths), "tokens": int(sum(lengths)), "trained_tokens": int(sum(trained_counts)),
+            "dropped": dict(dropped), "rows_split": counts["rows split"], "rows_cut": counts["rows cut"],
+            "answers_dropped": counts["answers dropped"], "encoded_apart": chat.encoded_apart - apart,
+            "form": reader.form}
 
 
 def fit(row: Row, encoded: Encoded, chat: Chat, max_seq_length: int, too_long: str, counts: Counter) -> list[Encoded]:
-    """Make a row fit: [] (dropped, counted), one example, or several windows of at most max_seq_length tokens."""
+    """Make a row fit: [] (dropped, counted), one example, or several windows of at most max_seq_length tokens.
+
+    counts: "dropped: <reason>" rows, "rows cut", "rows split", "answers dropped" (too long, of rows that are split).
+    """
     if not encoded.trained.any():
         counts["dropped: no trained token"] += 1
         return []
@@ -165,9 +220,12 @@ def fit(row: Row, encoded: Encoded, chat: Chat, max_seq_length: int, too_long: s
             return []
         counts["rows cut"] += 1
         return [cut]
-    windows = _text_windows(encoded, max_seq_length) if row.messages is None else \
-        _message_windows(row, chat, max_seq_length, counts)
+    if row.messages is None:
+        windows, lost = _text_windows(encoded, max_seq_length), 0
+    else:
+        windows, lost = _message_windows(row, chat, max_seq_length)
     counts["rows split"] += bool(windows)
+    counts["answers dropped" if windows else "dropped: a single turn too long"] += lost if windows else 1
     return windows
 
 
@@ -184,14 +242,20 @@ def _text_windows(encoded: Encoded, size: int) -> list[Encoded]:
     return windows
 
 
-def _message_windows(row: Row, chat: Chat, size: int, counts: Counter) -> list[Encoded]:
-    """Cut a conversation after answers; the leading system turns go into every window, each answer is trained once."""
+def _message_windows(row: Row, chat: Chat, size: int) -> tuple[list[Encoded], int]:
+    """Cut a conversation after answers; the leading system turns go into every window, each answer is trained once.
+
+    Returns the windows and the number of answers lost because they do not fit with the turn that asks for them.
+    Turns A to D, two of them fit -> [A B] [C D]; if only D is trained -> [C D]; if B is too long -> [A] [C D].
+    """
     messages = row.messages
     if chat.assistant_turns == "last":  # the windows must not each train their own last answer
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
         messages = [{**m, "train": m.get("train", True) and i == last} for i, m in enumerate(messages)]
     lead = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     system, exchanges = messages[:lead], _exchanges(messages[lead:])
+    if len(exchanges) == 1:
+        return [], 1
 
     def encode(parts: list[list[dict]]) -> Encoded:
         window = Row(row.line, system + [m for part in parts for m in part], None, row.tools, row.source, row.id)
@@ -200,9 +264,10 @@ def _message_windows(row: Row, chat: Chat, size: int, counts: Counter) -> list[E
     windows: list[Encoded] = []
     current: list[list[dict]] = []
     best: Encoded | None = None  # `current`, encoded
+    lost = 0
     for exchange in exchanges:
         attempt = encode([*current, exchange])
-        if best is not None and best.trained.any() and len(attempt.input_ids) > size:
+        if len(attempt.input_ids) > size and best is not None and best.trained.any():
             windows.append(best)
             current = []
             attempt = encode([exchange])
@@ -210,13 +275,13 @@ def _message_windows(row: Row, chat: Chat, size: int, counts: Counter) -> list[E
             current = current[1:]
             attempt = encode([*current, exchange])
         if len(attempt.input_ids) > size:
-            counts["dropped: a single turn too long"] += any(m.get("train") for m in exchange)
+            lost += any(m.get("train", True) for m in exchange if m["role"] == "assistant")
             current, best = [], None
         else:
             current, best = [*current, exchange], attempt
     if best is not None and best.trained.any():
         windows.append(best)
-    return windows
+    return windows, lost
 
 
 def _exchanges(messages: list[dict]) -> list[list[dict]]:
@@ -268,7 +333,8 @@ def split(datasets: list[Dataset], val_ratio: float, test_ratio: float, val_from
         test = np.setdiff1d(everything[(share >= val_ratio) & (share < val_ratio + test_ratio)], val)
         if test.size == 0:
             test = np.setdiff1d(everything, val)[:1]
-            notes.append(f"test ratio {test_ratio:g} of {everything.size} prompts is none: took the one with the lowest hash")
+            notes.append(f"test ratio {test_ratio:g} of {everything.size} prompts is none: took the one with the "
+                         "lowest hash")
     held_out = np.union1d(val, test) if val_groups is None else np.union1d(np.union1d(val, test), val_groups)
     result = Split([], [], [], notes)
     for d in datasets:
@@ -282,8 +348,8 @@ def split(datasets: list[Dataset], val_ratio: float, test_ratio: float, val_from
         result.val.append(np.flatnonzero(in_val))
         result.test.append(np.flatnonzero(in_test))
     if not any(len(x) for x in result.train):
-        raise UserError(f"{', '.join(d.path for d in datasets)}: all {everything.size} distinct prompts are held out, nothing "
-                        "is left to train on. Give more rows, or --val_split_ratio 0.")
+        raise UserError(f"{', '.join(d.path for d in datasets)}: all {everything.size} distinct prompts are held out, "
+                        "nothing is left to train on. Give more rows, or --val_split_ratio 0.")
     return result
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from common.faults import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL_IDS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}  # what a bare .model has to bring
@@ -62,7 +63,7 @@ class SentencePiece:
         user = [p.piece for p in self.proto.pieces if p.type == USER_DEFINED]
         if user:
             raise UserError(
-                f"{self.path}: user-defined symbols ({', '.join(map(repr, user[:4]))}) would be produced by plain text. "
+                f"{self.path}: user-defined symbols ({', '.join(map(repr, user[:4]))}) would come out of plain text. "
                 "Train it without them, or with control_symbols; chat tokens are added by the scripts.")
 
     def prepare(self, text: str) -> str:
@@ -71,7 +72,12 @@ class SentencePiece:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Encode plain texts on all cores; control pieces cannot come out of text."""
-        return self.native.encode([self.prepare(t) for t in texts], num_threads=os.cpu_count() or 1)
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """As encode, each text's ids as int32 (T,): no Python number is made for a token."""
+        texts = [self.prepare(t) for t in texts] if self.normalises else texts
+        return self.native.encode(texts, num_threads=os.cpu_count() or 1, return_type="numpy")
 
 
 def to_fast(sp: SentencePiece) -> PreTrainedTokenizerFast:
@@ -85,6 +91,9 @@ def to_fast(sp: SentencePiece) -> PreTrainedTokenizerFast:
 
     tokenizer = Tokenizer(_unigram(sp.proto) if sp.proto.trainer_spec.model_type == UNIGRAM else _bpe(sp.proto))
     tokenizer.normalizer = _normalizer(sp)
+    splitter = _unknown_apart(sp.proto)
+    if splitter is not None:
+        tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = _decoder(sp.proto)
     names = {name: sp.native.id_to_piece(i) for name, i in SPECIAL_IDS.items()}
     bos = f"{names['bos']}:0 "  # as Llama's tokenizers do; apply_chat_template leaves it to the template
@@ -106,6 +115,22 @@ def _unigram(proto: object) -> object:
     low = min(score for _, score, kind in pieces if kind == NORMAL) - 1000.0
     return Unigram([(piece, score if kind == NORMAL else low) for piece, score, kind in pieces],
                    unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback)
+
+
+def _unknown_apart(proto: object) -> object | None:
+    """Unigram: a pre-tokenizer that sets runs of characters no piece has apart from the rest; None where not needed.
+
+    In `tokenizers` an unknown character costs more than any piece, so without a piece for "<" the text </s> would
+    become the control token, and <0x0A> the byte. With "<" apart they cannot be matched; nothing else changes.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    known = {c for p in proto.pieces if p.type == NORMAL for c in p.piece}
+    spelled = {c for p in proto.pieces if p.type != NORMAL for c in p.piece}
+    if proto.trainer_spec.model_type != UNIGRAM or spelled <= known:
+        return None
+    members = "".join(f"\\x{{{ord(c):x}}}" for c in sorted(known))
+    return pre_tokenizers.Split(Regex(f"[^{members}]+"), "isolated")
 
 
 def _bpe(proto: object) -> object:
@@ -151,22 +176,28 @@ def _decoder(proto: object) -> object:
 def prove_equal(sp: SentencePiece, fast: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, int]:
     """Compare both encoders on texts; raise UserError at the first difference that is not a tie of equal scores.
 
-    Returns counts: texts, ties (unigram only: two segmentations of the same score) and changed (texts that do not
-    come back from decoding as they were: case, newlines, runs of spaces).
+    Returns counts: texts, ties (unigram only: two segmentations of the same score), changed (texts that do not come
+    back from decoding as they were: case, newlines, runs of spaces) and unsafe (texts in which the converted tokenizer
+    reads a control string as the control token, as unigram models without a piece for "<" do; SentencePiece does not).
     """
     native = sp.encode(texts)
     converted = fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
-    ties = 0
+    unigram = sp.proto.trainer_spec.model_type == UNIGRAM
+    control = {i for i, p in enumerate(sp.proto.pieces) if p.type == CONTROL}
+    ties = unsafe = 0
     for text, law, ids in zip(texts, native, converted):
         if law == ids:
             continue
+        if unigram and not control.isdisjoint(ids):
+            unsafe += 1
+            continue
         score = [sum(sp.native.get_score(i) for i in x) for x in (law, ids)]
-        if sp.proto.trainer_spec.model_type != UNIGRAM or abs(score[0] - score[1]) > 1e-3:
+        if not unigram or abs(score[0] - score[1]) > 1e-3:
             at = next((i for i, (a, b) in enumerate(zip(law, ids)) if a != b), min(len(law), len(ids)))
             raise UserError(
                 f"{sp.path}: the converted tokenizer gives other ids than SentencePiece for {text[:60]!r} (token {at}: "
                 f"{law[at:at + 3]} against {ids[at:at + 3]}). Please report it; a Hugging Face tokenizer directory "
                 "of the same model can be used instead.")
         ties += 1
-    changed = sum(sp.native.decode(ids) != text for text, ids in zip(texts, native))
-    return {"texts": len(texts), "ties": ties, "changed": changed}
+    changed = sum(back != text for text, back in zip(texts, sp.native.decode(native) if native else []))
+    return {"texts": len(texts), "ties": ties, "changed": changed, "unsafe": unsafe}

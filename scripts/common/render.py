@@ -1,0 +1,267 @@
+"""A Jinja chat template -> pieces: template text, places of messages, control tokens; the answers are marked.
+
+A template is rendered with placeholders in place of everything a user wrote; what comes out is cut at the control
+tokens and at the placeholders, and only then the texts are put in. So control ids come from the template alone:
+`<|im_end|>` or `</s>` inside a message stays text, and the trained part is known without searching for markers.
+
+    <|im_start|>  "user\\n"  (0)  <|im_end|>  "\\n"  <|im_start|>  "assistant\\n"  (1)  <|im_end|>  "\\n"
+    the answer of message 1                                                     ^^^^^^^^^^^^^^^
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from common.faults import UserError
+
+OPEN, CLOSE = "\ue000", "\ue001"  # private-use characters around a placeholder
+PLACEHOLDER = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}")
+REMEMBERED = 10_000  # structures; rows with tool calls are rarely alike and must not be kept for ever
+PLAIN_KEYS = frozenset(("role", "content", "train"))
+
+
+@dataclass(slots=True, frozen=True)
+class Piece:
+    """Template text, the place of message `message`'s content, or a control token; `turn` is the assistant message
+    (by index) whose answer it belongs to, None outside answers."""
+
+    text: str = ""
+    control: int | None = None
+    message: int | None = None
+    turn: int | None = None
+
+
+@dataclass(slots=True)
+class Structure:
+    """A template rendered with placeholders: `parts` alternate between text and placeholder, without block marks."""
+
+    parts: list[str]
+    names: list[str]  # control strings of tool calls and tool lists, which the placeholders s0, s1, ... stand for
+    pieces: list[Piece]
+
+
+class Template:
+    """A compiled template. controls: token -> id. trusted: it puts contents in as they are and tags its answers."""
+
+    def __init__(self, name: str, source: str, controls: dict[str, int], special_tokens: dict, trusted: bool):
+        """Raise UserError if the source is no Jinja template."""
+        self.name, self.special_tokens, self.trusted = name, special_tokens, trusted
+        self.controls = controls
+        by_length = sorted(controls, key=len, reverse=True)
+        self.control_pattern = re.compile("|".join(map(re.escape, by_length)))
+        self._structures: dict[object, Structure] = {}
+        if OPEN in source or CLOSE in source:
+            raise UserError(f"template {name}: it holds the private-use character U+E000 or U+E001, which the scripts "
+                            "need for themselves. Remove it.")
+        try:
+            self._compiled = _environment().from_string(source)
+        except Exception as fault:  # a syntax error, or anything that compiling a strange file can raise
+            line = f" (line {fault.lineno})" if getattr(fault, "lineno", None) else ""
+            raise UserError(f"template {name}: not a Jinja template{line}: {_first_line(fault)}. Mend it, or use a "
+                            "built-in template.") from None
+
+    def render(self, messages: list[dict], tools: list | None = None, generation_prompt: bool = False,
+               marks: bool = False) -> str:
+        """The text of a conversation. marks: with placeholders + and - around generation blocks."""
+        begin, end = (f"{OPEN}+{CLOSE}", f"{OPEN}-{CLOSE}") if marks else ("", "")
+        try:
+            return self._compiled.render(**self.special_tokens, messages=messages, tools=tools,
+                                         add_generation_prompt=generation_prompt, generation_begins=begin,
+                                         generation_ends=end)
+        except Exception as fault:  # the template is a program of the user's: any exception can come out of it
+            roles = " ".join(m["role"] for m in messages)
+            raise UserError(f"template {self.name}: cannot render turns {roles}: {_first_line(fault)}. "
+                            "Change the rows or the template.") from None
+
+    def pieces(self, messages: list[dict], tools: list | None = None,
+               generation_prompt: bool = False) -> tuple[list[Piece], list[str]]:
+        """The pieces of a conversation, and the messages' contents as the template puts them in (it may trim them).
+
+        Raise UserError if the template changes contents in another way.
+        """
+        contents = [m["content"] or "" for m in messages]
+        if self.trusted:
+            return self._structure(messages, tools, generation_prompt, False).pieces, contents
+        truth = self.render([{k: v for k, v in m.items() if k != "train"} for m in messages], tools, generation_prompt)
+        for hold_empty in (True, False):  # a template may ask whether there is a content
+            structure = self._structure(messages, tools, generation_prompt, hold_empty)
+            found = _follow(structure, truth, contents)
+            if found is not None:
+                return structure.pieces, found
+        raise UserError(f"template {self.name}: it changes the text of a message ({contents[0]!r:.60} …) in a way that "
+                        "cannot be followed token by token. Use a template that inserts contents as they are.")
+
+    def before_answer(self, messages: list[dict]) -> tuple[str, str]:
+        """What stands before the last message's content in the whole conversation, and the generation prompt that
+        asks for it, both with placeholders."""
+        shape = _shape(messages, self.control_pattern, [], True)
+        whole = self.render(shape)
+        return whole.partition(f"{OPEN}{len(messages) - 1}{CLOSE}")[0], self.render(shape[:-1], None, True)
+
+    def _structure(self, messages: list[dict], tools: list | None, generation_prompt: bool,
+                   hold_empty: bool) -> Structure:
+        """Render with placeholders and cut. Depends on roles and tool calls, not on contents, so it is remembered."""
+        names: list[str] = []
+        if tools is None and all(m.keys() <= PLAIN_KEYS for m in messages):
+            key: object = (generation_prompt, hold_empty, *((m["role"], m["content"] and "text") for m in messages))
+        else:
+            shape = _shape(messages, self.control_pattern, names, hold_empty)
+            protected = _protect(tools, self.control_pattern, names)
+            key = json.dumps([shape, protected, names, generation_prompt, hold_empty])
+        known = self._structures.get(key)
+        if known is None:
+            if isinstance(key, tuple):
+                shape, protected = _shape(messages, self.control_pattern, names, hold_empty), None
+            if len(self._structures) >= REMEMBERED:
+                self._structures.clear()
+            text = self._mark_silent_answers(self.render(shape, protected, generation_prompt, True), shape, protected)
+            known = self._structures[key] = self._cut(text, messages, names)
+        return known
+
+    def _mark_silent_answers(self, text: str, shape: list[dict], tools: list | None) -> str:
+        """Without generation blocks an answer begins at its content. One of tool calls alone begins where its
+        generation prompt ends: put a placeholder there."""
+        if f"{OPEN}+{CLOSE}" in text:
+            return text
+        for i in reversed(range(len(shape))):
+            if "tool_calls" in shape[i] and f"{OPEN}{i}{CLOSE}" not in text:
+                before = self.render(shape[:i], tools, True)
+                if not text.startswith(before):
+                    raise UserError(f"template {self.name}: cannot tell where an answer of tool calls begins. Put "
+                                    "{% generation %} and {% endgeneration %} around answers in the template.")
+                text = f"{before}{OPEN}={i}{CLOSE}{text[len(before):]}"
+        return text
+
+    def _cut(self, text: str, messages: list[dict], names: list[str]) -> Structure:
+        """Cut rendered text at placeholders and control tokens; mark the answers: generation blocks, or where there
+        are none the content of an assistant's message and what follows through the first control token."""
+        assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        split = PLACEHOLDER.split(text)
+        tagged = "+" in split[1::2]
+        pieces: list[Piece] = []
+        parts, turn, block = [""], None, 0
+        for i, part in enumerate(split):
+            if i % 2 == 0:
+                parts[-1] += part
+                for plain, control in self._split_controls(part):
+                    pieces.append(Piece(text=plain, control=control, turn=turn))
+                    turn = turn if tagged or control is None else None
+            elif part == "+":
+                inside = (int(p) for p in split[i + 2:split.index("-", i):2] if p.isdigit())
+                turn, block = next(inside, assistants[block] if block < len(assistants) else None), block + 1
+            elif part == "-":
+                turn = None
+            elif part.startswith("="):
+                turn = int(part[1:])
+            else:
+                parts += [part, ""]
+                if part.startswith("s"):
+                    pieces.append(Piece(text=names[int(part[1:])], turn=turn))
+                else:
+                    turn = turn if tagged else int(part) if int(part) in assistants else None
+                    pieces.append(Piece(message=int(part), turn=turn))
+        return Structure(parts, names, pieces)
+
+    def _split_controls(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """Template text -> (text, None) and ("", control id)."""
+        start = 0
+        for match in self.control_pattern.finditer(text):
+            if match.start() > start:
+                yield text[start:match.start()], None
+            yield "", self.controls[match.group()]
+            start = match.end()
+        if start < len(text):
+            yield text[start:], None
+
+
+def _first_line(fault: Exception) -> str:
+    text = str(fault).strip()
+    return text.splitlines()[0][:200] if text else type(fault).__name__
+
+
+def _shape(messages: list[dict], controls: re.Pattern, names: list[str], hold_empty: bool) -> list[dict]:
+    """Messages with placeholders for their contents; an empty content has one only if asked (hold_empty)."""
+    shape = []
+    for i, m in enumerate(messages):
+        extras = {k: _protect(v, controls, names) for k, v in m.items() if k not in PLAIN_KEYS and v is not None}
+        content = m["content"]
+        held = content is not None and (hold_empty or content)
+        shape.append({"role": m["role"], "content": f"{OPEN}{i}{CLOSE}" if held else content, **extras})
+    return shape
+
+
+def _protect(value: object, controls: re.Pattern, names: list[str]) -> object:
+    """Replace control strings in the strings of tool calls and tool lists by placeholders; `names` collects them."""
+    if isinstance(value, str):
+        def keep(match: re.Match) -> str:
+            names.append(match.group())
+            return f"{OPEN}s{len(names) - 1}{CLOSE}"
+        return re.sub(f"{controls.pattern}|[{OPEN}{CLOSE}]", keep, value)
+    if isinstance(value, dict):
+        return {_protect(k, controls, names): _protect(v, controls, names) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_protect(v, controls, names) for v in value]
+    return value
+
+
+def _follow(structure: Structure, truth: str, contents: list[str]) -> list[str] | None:
+    """Read the true text along the parts: how each content was put in (as it is, or trimmed), or None.
+
+    parts "<u>" (0) "<e>", truth "<u>Hi<e>", contents [" Hi "] -> ["Hi"]
+    """
+    parts, found = structure.parts, list(contents)
+    if not truth.startswith(parts[0]):
+        return None
+    at = len(parts[0])
+    for mark, text in zip(parts[1::2], parts[2::2]):
+        if mark.startswith("s"):
+            ways = [structure.names[int(mark[1:])]]
+        else:
+            content = contents[int(mark)]
+            ways = [content, content.strip(), content.lstrip(), content.rstrip()]
+        way = next((w for w in ways if truth.startswith(w + text, at)), None)
+        if way is None:
+            return None
+        if not mark.startswith("s"):
+            found[int(mark)] = way
+        at += len(way) + len(text)
+    return found if at == len(truth) else None
+
+
+def _environment() -> object:
+    """A sandboxed Jinja environment like the one `transformers` uses, whose generation blocks leave placeholders."""
+    from jinja2 import nodes
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: object) -> list:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            begin, end = (nodes.Output([nodes.Name(f"generation_{x}", "load")]).set_lineno(line)
+                          for x in ("begins", "ends"))
+            return [begin, *body, end]
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: object, ensure_ascii: bool = False, indent: int | None = None, separators: tuple | None = None,
+               sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(form: str) -> str:
+        from datetime import datetime
+
+        return datetime.now().strftime(form)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    functions: dict[str, Callable] = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.globals.update(functions)
+    return environment
