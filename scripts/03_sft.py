@@ -38,14 +38,14 @@ def main(argv: list[str]) -> int:
 
     from common import leave, show
     from common.chat import load_chat
-    from common.model import check_vocabulary, model_config, quiet_libraries, tune_allocator
+    from common.model import check_vocabulary, model_config, quiet_libraries, tune_allocator, use_cores
     from common.run import gather_material, load_run, restore, start
     from common.rundir import decide
 
     tune_allocator()
     quiet_libraries()
     run = start(config, argv)
-    run.say(*config.notes)
+    run.say(*config.notes, *use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     decide(config.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)  # refuse before time is spent
     source = config.init_from or config.model_path
     chat = load_chat(config.tokenizer_path or source, config.prompt_template, revision=config.revision,

@@ -36,6 +36,20 @@ def tune_allocator() -> None:
         pass  # no glibc: nothing to tune
 
 
+def use_cores(processes: int) -> list[str]:
+    """Undo the one thread that `accelerate launch` gives a process on CPU when nobody asked for a number.
+
+    Returns a line for the log if it did. With several processes on this machine each gets its share of the cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // processes)
+    untouched = os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    if torch.cuda.is_available() or not untouched or threads == torch.get_num_threads():
+        return []
+    torch.set_num_threads(threads)
+    return [f"threads: {threads} a process (the launcher's default is 1; --num_cpu_threads_per_process sets another)"]
+
+
 def quiet_libraries() -> None:
     """Silence progress bars of loading and saving and warnings about the libraries' own renamings."""
     from transformers.utils import logging
@@ -190,7 +204,9 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) ->
     names = {name.rpartition(".")[2]: module for name, module in model.named_modules()
              if module in (model.get_input_embeddings(), model.get_output_embeddings())}
     saved = set(config.modules_to_save or [])
-    rows = {name: token_ids for name in names if name not in saved} if token_ids else None
+    tied = len({id(module.weight) for module in names.values()}) < len(names)
+    whole = set(names) if tied and saved & set(names) else saved  # tied: what trains one whole trains the other
+    rows = {name: token_ids for name in names if name not in whole} if token_ids else None
     try:
         return get_peft_model(model, LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets,
