@@ -212,7 +212,7 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) ->
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets,
             modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
             use_rslora=config.use_rslora, use_dora=config.use_dora, task_type="CAUSAL_LM",
-            trainable_token_indices=rows or None, ensure_weight_tying=bool(saved & set(names))))
+            trainable_token_indices=rows or None, ensure_weight_tying=tied and bool(saved & set(names))))
     except ValueError as fault:
         leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(f"--lora_target_modules {config.lora_target_modules}: {str(fault).splitlines()[0]:.200} "
