@@ -11,11 +11,12 @@ from common.chat import load_tokenizer
 from common.faults import UserError
 from common.spm import SentencePiece, prove_equal, to_fast
 
-HARD = ["", " ", "  ", "   a", "a   ", "a  b", "\n", "\n\n", "a\nb", "a\n\n\n b", "\t", "\ta\tb", "a\r\nb", "a\rb",
-        " \n \t ", "🙂", "👨‍👩‍👧 family", "日本語 テキスト", "한국어", "e\u0301 a\u0308\u0323", "\u1112\u1161\u11ab", "ﬁ ﬂ ① ½ ™",
-        "\uff46ull", "x\u200by\u200dz", "\ufeffa", "a\u00a0b", "a\u2028b", "a\0b", "<s>", "</s> <unk> <pad>", "a</s>b",
-        "§</s>", "</s></s>", "<0x0A>", "<0x41>", "▁", "▁▁a", "a▁b", "\u202e rtl \u202c", "ﷺ", "ẞ ß ſ", "İ i̇", "a" * 300,
-        "http://wwwww.", "\x07\x1b[0m", "\U0001f1e9\U0001f1ea", "é", "the cat"]
+HARD = ["", " ", "  ", "   a", "a   ", "a  b", "\n", "\n\n", "a\nb", "a\n\n\n b", "\t", "\ta\tb",
+        "a\r\nb", "a\rb", " \n \t ", "🙂", "👨‍👩‍👧 family", "日本語 テキスト", "한국어",
+        "e\u0301 a\u0308\u0323", "\u1112\u1161\u11ab", "ﬁ ﬂ ① ½ ™", "\uff46ull", "x\u200by\u200dz",
+        "\ufeffa", "a\u00a0b", "a\u2028b", "a\0b", "<s>", "</s> <unk> <pad>", "a</s>b", "§</s>",
+        "</s></s>", "<0x0A>", "<0x41>", "▁", "▁▁a", "a▁b", "\u202e rtl \u202c", "ﷺ", "ẞ ß ſ",
+        "İ i̇", "a" * 300, "http://wwwww.", "\x07\x1b[0m", "\U0001f1e9\U0001f1ea", "é", "the cat"]
 
 
 def hard_texts(count: int, seed: int) -> list[str]:

@@ -254,7 +254,7 @@ def _message_windows(row: Row, chat: Chat, size: int) -> tuple[list[Encoded], in
         messages = [{**m, "train": m.get("train", True) and i == last} for i, m in enumerate(messages)]
     lead = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     system, exchanges = messages[:lead], _exchanges(messages[lead:])
-    if len(exchanges) == 1:
+    if len(exchanges) == 1 and messages[-1]["role"] == "assistant":  # the row itself, which is too long
         return [], 1
 
     def encode(parts: list[list[dict]]) -> Encoded:
