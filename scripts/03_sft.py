@@ -15,12 +15,12 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import parse
-from common.faults import Stopped, UserError, run_main
+from common.faults import RankLost, Stopped, UserError, run_main
 from common.settings import SftConfig
 from common.signals import StopFlag, launched
 
@@ -35,18 +35,34 @@ def main(argv: list[str]) -> int:
     config = parse(SftConfig, argv, __doc__)
     check_files(config)
     stop = StopFlag(config.max_minutes)
+    if config.verify_resume:
+        from common.verify import verify_resume
 
-    from common import leave, show
-    from common.chat import load_chat
-    from common.model import check_vocabulary, model_config, quiet_libraries, tune_allocator, use_cores
-    from common.run import gather_material, load_run, restore, start
-    from common.rundir import decide
+        return verify_resume(config, stop)
+
+    from common.model import quiet_libraries, tune_allocator, use_cores
+    from common.run import start
 
     tune_allocator()
     quiet_libraries()
     run = start(config, argv)
     run.say(*config.notes, *use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    decide(config.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)  # refuse before time is spent
+    with run.watch:
+        return fine_tune(run, stop)
+
+
+def fine_tune(run: Run, stop: StopFlag) -> int:
+    """From the settings to the model that is left behind."""
+    from common import leave, show
+    from common.chat import load_chat
+    from common.explain import explain_step
+    from common.model import check_vocabulary, model_config
+    from common.run import gather_material, load_run, restore
+    from common.rundir import decide
+
+    config = run.config
+    if not config.explain_step:  # refuse before time is spent
+        decide(config.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
     source = config.init_from or config.model_path
     chat = load_chat(config.tokenizer_path or source, config.prompt_template, revision=config.revision,
                      system_prompt=config.system_prompt, assistant_turns=config.assistant_turns,
@@ -56,10 +72,15 @@ def main(argv: list[str]) -> int:
     check_length(config, base)
 
     material = gather_material(run, chat, base)
+    if config.explain_step:
+        run.say(*explain_step(run, chat, material))
+        return 0
     run.say(*show.describe_data(material), show.describe_plan(material), *show.show_example(material, chat))
     run.say(*prove_chat(config, chat))
     if config.dry_run:
         return 0
+    if asked := stop.asked(run.accelerator):
+        raise Stopped(f"{asked} before the first step; nothing was begun.")
 
     with opened_directory(run, chat, material) as opened:
         if opened.kind == "finished":
@@ -75,39 +96,45 @@ def main(argv: list[str]) -> int:
 @contextmanager
 def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opened]:
     """Lock the output directory, decide between fresh and resumed, leave run.json and plan.json; note how it ended."""
-    from accelerate.utils import broadcast_object_list
-
     from common.leave import forget_plan, leave_plan
+    from common.ranks import exit_status, on_main
     from common.run import check_unchanged, describe_run
     from common.rundir import RunLock, open_run_dir, write_status
 
-    config, opened, new = run.config, [None], False
-    with RunLock(run.directory, run.say) if run.main else nullcontext():
-        if run.main:
+    config = run.config
+    with ExitStack() as held:
+        def open_it() -> tuple[Opened, bool]:
+            held.enter_context(RunLock(run.directory, run.say))
             described = describe_run(run, material, chat)
-            opened = [open_run_dir(run.directory, config.resume_from_checkpoint, config.overwrite_output_dir,
-                                   check=lambda found: check_unchanged(run, described, found), say=run.say)]
+            opened = open_run_dir(run.directory, config.resume_from_checkpoint, config.overwrite_output_dir,
+                                  check=lambda found: check_unchanged(run, described, found), say=run.say)
             new = not (run.directory / "run.json").exists()
-            if opened[0].kind != "finished":
+            if opened.kind != "finished":
                 leave_plan(run, described, material)
-        if run.accelerator.num_processes > 1:
-            opened = broadcast_object_list(opened)
+            return opened, new
+
+        opened, new = on_main(run.accelerator, open_it)
         note = lambda **entries: write_status(
             run.directory, step=run.state.step, total_steps=material.plan.n_steps, **entries) if run.main else None
-        if opened[0].kind == "finished":
-            yield opened[0]
+        if opened.kind == "finished":
+            yield opened
             return
-        note(status="running", resume_command=resume_command(run))
+        note(status="running", resumed_from=opened.checkpoint.name if opened.checkpoint else None,
+             resume_command=resume_command(run))
+        run.watch.directory = run.directory
         try:
-            yield opened[0]
-        except BaseException as fault:
+            yield opened
+        except BaseException as found:
+            fault = run.watch.named(found)
             if new and run.state.step == 0 and isinstance(fault, UserError):  # exit status 2 leaves nothing behind
-                forget_plan(run)
-                raise
-            status = getattr(fault, "status", 74 if isinstance(fault, OSError) else 1)
-            note(status="stopped" if isinstance(fault, (Stopped, KeyboardInterrupt)) else "failed", exit_status=status,
-                 reason=str(fault) or type(fault).__name__)
-            raise
+                if run.main:
+                    forget_plan(run)
+            elif isinstance(fault, RankLost):
+                run.watch.leave_reason(str(fault))
+            else:
+                note(status="stopped" if isinstance(fault, (Stopped, KeyboardInterrupt)) else "failed",
+                     exit_status=exit_status(fault), reason=str(fault) or type(fault).__name__)
+            raise fault from None
         note(status="early_stopped" if run.state.stopped_early else "finished", exit_status=0, reason="")
 
 
@@ -124,14 +151,15 @@ def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
             begins = state.step in plan.stage_bounds[1:]
             if begins and config.reset_optimizer_per_stage:
                 run.optimizer.state.clear()
-            result = train_step(run.accelerator, run.wrapped, run.optimizer, material, config, state.step)
+            result = train_step(run.accelerator, run.wrapped, run.optimizer, material, config, state.step,
+                                run.watch.at)
             line = count_step(state, result, plan, last=state.step + 1 == plan.n_steps, every=config.logging_steps)
             progress(state, result, line)
             trackers(line)
             last, better = state.step == plan.n_steps, False
             if rows and (last or state.step % config.eval_steps == 0):
                 found = evaluate_loss(run.accelerator, run.loss_model, material.val_datasets, rows, material.pad_id,
-                                      config.per_device_eval_batch_size)
+                                      config.per_device_eval_batch_size, run.watch.at)
                 better = judge(state, found["eval_loss"], config)
                 progress(state, None, {"step": state.step, **found})
                 trackers({"step": state.step, **found})
@@ -178,6 +206,7 @@ def prove_chat(config: SftConfig, chat: Chat) -> list[str]:
 
     rows = [row for path in config.all_dataset_paths() for row in islice(
         RowReader(path, skip_bad_rows=config.skip_bad_rows, role_map=config.roles()), 200)]
+    apart = chat.encoded_apart
     found = chat.prove(rows)
     lines = []
     if chat.native:
@@ -189,6 +218,13 @@ def prove_chat(config: SftConfig, chat: Chat) -> list[str]:
                      "decoding as they were (its normaliser changes case, newlines or spaces)")
     if found["template_rows"]:
         same = found["template_rows"] - found["template_differs"]
+        # known and counted: joints that were encoded apart, and what SentencePiece and its twin may differ in
+        known = chat.encoded_apart - apart + found.get("ties", 0) + found.get("unsafe", 0)
+        if found["template_differs"] > known:
+            raise UserError(f"--prompt_template {config.prompt_template}: the saved chat template gives other ids than "
+                            f"training for {found['template_differs']:,} of {found['template_rows']:,} rows, so the "
+                            "model would be served with prompts it has not seen. Please report it with the template; "
+                            "chatml, instruct and chat are proven.")
         lines.append(f"template: the saved chat template gives the training ids for {same:,} of "
                      f"{found['template_rows']:,} rows")
     return lines

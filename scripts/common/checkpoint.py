@@ -47,6 +47,7 @@ class TrainState:
     trained_tokens: int = 0            # of them targets
     seconds: float = 0.0               # training time of all sessions together
     since_log: dict[str, float] = field(default_factory=dict)  # sums since the last metrics line, so that it is equal
+    rows: str = ""                     # sha256 over the rows of all steps done, in their order
 
 
 def state_from_dict(found: dict, place: str) -> TrainState:
@@ -351,13 +352,25 @@ def newest_complete(run_dir: Path | str, *, set_aside: bool = True, say: Callabl
         problems = verify(path)
         if not problems:
             return path
-        line = f"{path}: damaged ({'; '.join(problems[:3])})"
         if set_aside:
-            aside = free_name(path.with_name(f"broken-{path.name}"))
-            os.rename(path, aside)
-            line += f"; set aside as {aside.name}"
-        say(line)
+            put_aside(path, problems, say)
+        else:
+            say(damaged(path, problems))
     return None
+
+
+def damaged(path: Path, problems: list[str]) -> str:
+    return f"{path}: damaged ({'; '.join(problems[:3])})"
+
+
+def put_aside(path: Path, problems: list[str], say: Callable[[str], None]) -> None:
+    """Rename a damaged checkpoint to broken-checkpoint-<step>, so that nothing takes it for one; say so."""
+    line = damaged(path, problems)
+    if path.exists():
+        aside = free_name(path.with_name(f"broken-{path.name}"))
+        os.rename(path, aside)
+        line += f"; set aside as {aside.name}"
+    say(line)
 
 
 def free_name(path: Path) -> Path:

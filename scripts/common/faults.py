@@ -39,13 +39,23 @@ class Stopped(Exception):
     status = 75
 
 
+class SaidElsewhere(Exception):
+    """The main process of a distributed job ends with this status and says why; the others end quietly."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"exit status {status}, said by the main process")
+        self.status = status
+
+
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run a script's `main(argv)` and return its exit status; the faults above become one line on stderr."""
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
+    except SaidElsewhere as fault:
+        return fault.status
     except (UserError, CheckFailed, NotFinite, RankLost, Stopped) as fault:
-        print(f"{type(fault).__name__ if fault.status not in (2, 75) else 'stopped' if fault.status == 75 else 'error'}: "
-              f"{fault}", file=sys.stderr)
+        name = {2: "error", 75: "stopped"}.get(fault.status, type(fault).__name__)
+        print(f"{name}: {fault}", file=sys.stderr)
         return fault.status
     except BrokenPipeError:  # `... | head`: the reader left
         sys.stderr.close()

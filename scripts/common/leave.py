@@ -2,6 +2,7 @@
 the last. All of it loads with plain `transformers` and `peft`."""
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.chat import Chat
-from common.checkpoint import atomic_json, atomic_write
+from common.checkpoint import atomic_json, atomic_write, verify
 from common.data import held_out_rows
 from common.material import Material
 from common.model import load_model, merge_and_save, sample_prompts, saved_dtype
@@ -56,8 +57,13 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 def leave_model(run: Run, chat: Chat, material: Material) -> None:
     """The best model (by validation loss; without validation the last) at the top, and what was asked for beside it."""
     state, config = run.state, run.config
+    run.watch.close()  # from here on the main process works alone, for as long as it takes
     if state.best_step not in (None, state.step):
-        read_weights(run, run.directory / f"checkpoint-{state.best_step}")
+        best = run.directory / f"checkpoint-{state.best_step}"
+        if problems := verify(best):
+            raise OSError(errno.EIO, f"damaged ({'; '.join(problems[:3])}). Start again with --resume_from_checkpoint: "
+                          "it goes back to the newest checkpoint from which this one can be made again", str(best))
+        read_weights(run, best)
         run.say(f"best validation loss {state.best_loss:.4f} at step {state.best_step:,}: these weights are kept")
     run.accelerator.wait_for_everyone()
     if not run.main:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from common.chat import Chat
-from common.checkpoint import TrainState, read_state, save_checkpoint
+from common.checkpoint import TrainState, check_space, checkpoints, read_state, save_checkpoint
 from common.config import differences, to_dict
 from common.faults import UserError
 from common.loss import LossModel, choose_attention
@@ -33,6 +34,7 @@ from common.model import (
     saved_dtype,
     set_special_ids,
 )
+from common.ranks import Watch, on_main
 from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes
 from common.settings import SftConfig
 from common.train import StepResult, evaluation_rows, make_optimizer
@@ -45,6 +47,7 @@ class Run:
     config: SftConfig
     accelerator: Accelerator
     argv: list[str]
+    watch: Watch
     state: TrainState = field(default_factory=TrainState)
     loss_model: LossModel | None = None  # the model itself; `wrapped` is what accelerate made of it
     wrapped: nn.Module | None = None
@@ -69,22 +72,23 @@ class Run:
 
 def start(config: SftConfig, argv: list[str]) -> Run:
     """Start the processes (or find them started); refuse a launch that left them apart."""
-    from accelerate.utils import set_seed
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-    accelerator = Accelerator()
+    # a day: one process tokenises while the others wait, and Watch is what ends a job that hangs
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if promised > 1 and accelerator.num_processes == 1:
         raise UserError(f"the launcher started {promised} processes, but each would train alone. On CPU set the "
                         f"environment "
                         "variable ACCELERATE_USE_CPU=true; on GPUs start with accelerate launch --multi_gpu.")
     set_seed(config.seed)
-    return Run(config, accelerator, argv)
+    return Run(config, accelerator, argv, Watch(accelerator, config.rank_timeout_minutes))
 
 
 def rows_per_step(run: Run) -> int:
     """Rows of the global batch. A resumed run keeps the one it was started with, whatever the number of processes."""
     config = run.config
-    if config.resume_from_checkpoint and (run.directory / "run.json").exists():
+    if (config.resume_from_checkpoint or config.explain_step) and (run.directory / "run.json").exists():
         return json.loads((run.directory / "run.json").read_text())["rows_per_step"]
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * run.accelerator.num_processes
 
@@ -97,9 +101,11 @@ def gather_material(run: Run, chat: Chat, base_config: object) -> Material:
     if weights == "recommended":
         weights = recommended_weights(config.dataset_paths, _parameters(base_config))
         run.say(f"weights recommended for a model of this size: {' '.join(f'{w:g}' for w in weights)}")
-    progress = lambda rows: tqdm(rows, desc=f"reading {rows.path}", unit=" rows", disable=None, leave=False)
-    with run.accelerator.main_process_first():
-        return gather(config, chat, rows_per_step(run), weights, progress)
+    progress = lambda rows: run.watch.through(
+        tqdm(rows, desc=f"reading {rows.path}", unit=" rows", disable=None, leave=False), f"reading {rows.path}")
+    found = []
+    on_main(run.accelerator, lambda: found.append(gather(config, chat, rows_per_step(run), weights, progress)))
+    return found[0] if found else gather(config, chat, rows_per_step(run), weights, progress)
 
 
 def _parameters(base_config: object) -> int:
@@ -114,11 +120,25 @@ def fingerprints(material: Material, chat: Chat, config: SftConfig) -> dict[str,
     """What a resumed run must find unchanged, beside the settings."""
     found = {"plan": material.plan.fingerprint(), "tokenizer and template": chat.fingerprint()}
     found.update({f"data {d.name}": d.meta["key"]["file"] for d in [*material.datasets, *material.val_datasets]})
-    base = Path(find_model(config.model_path).base)
-    if base.is_dir():
-        sizes = [f"{f.name} {f.stat().st_size}" for f in sorted(base.glob("*.safetensors"))]
-        found["model"] = hashlib.sha256("\n".join([(base / "config.json").read_text(), *sizes]).encode()).hexdigest()
+    places = {"model": config.model_path, "init_from": config.init_from}
+    found.update({name: weights_fingerprint(path) for name, path in places.items() if path and Path(path).is_dir()})
     return found
+
+
+def weights_fingerprint(path: str, samples: int = 64, size: int = 1 << 16) -> str:
+    """sha256 over a local model's configuration, sizes and `samples` blocks of each weights file, evenly spaced: other
+    weights of the same shape differ everywhere, and a hundred GB are looked at in a second."""
+    place, digest = find_model(path), hashlib.sha256()
+    for directory in filter(None, (place.base, place.adapter)):
+        for file in sorted(f for name in ("config.json", "adapter_config.json", "*.safetensors")
+                           for f in Path(directory).glob(name)):
+            length = file.stat().st_size
+            digest.update(f"{file.name} {length}\n".encode())
+            with open(file, "rb") as stream:
+                for start in sorted({i * max(0, length - size) // (samples - 1) for i in range(samples)}):
+                    stream.seek(start)
+                    digest.update(stream.read(size))
+    return digest.hexdigest()
 
 
 def describe_run(run: Run, material: Material, chat: Chat) -> dict:
@@ -177,8 +197,24 @@ def load_run(run: Run, chat: Chat, material: Material) -> None:
     probe = sorted((e for row in material.plan.step_rows(0) for e in material.examples(row)),
                    key=lambda e: len(e.input_ids))[:2]
     run.say(*choose_attention(run.loss_model, probe, chat.pad_id, config.attn_implementation, config.packing))
+    on_main(accelerator, lambda: check_space(run.directory, bytes_to_come(run)))
     optimizer = make_optimizer(run.loss_model, config)
     run.wrapped, run.optimizer = accelerator.prepare(run.loss_model, optimizer)
+
+
+def bytes_to_come(run: Run) -> int:
+    """What checkpoints and the final model will take on the disk, beyond the checkpoints that are there.
+
+    A checkpoint holds fp32 weights and optimizer state (AdamW two numbers a weight, SGD none, Adafactor hardly any);
+    at most save_total_limit of them, the best one, and the one being written exist at a time.
+    """
+    config, (total, trained) = run.config, count_parameters(run.loss_model.model)
+    states = 2 if config.optim == "adamw" else 0
+    checkpoint = 4 * (trained if config.use_lora else total) + 4 * trained * states
+    exported = 4 * trained if config.use_lora else total * run.export_dtype.itemsize
+    merged = total * run.export_dtype.itemsize if config.merge_adapters else 0
+    there = sum(f.stat().st_size for path in checkpoints(run.directory) for f in path.rglob("*") if f.is_file())
+    return max(0, checkpoint * (config.save_total_limit + 2) - there) + exported + merged
 
 
 def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], grown: bool) -> nn.Module:

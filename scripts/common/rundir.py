@@ -26,6 +26,8 @@ from common.checkpoint import (
     free_name,
     newest_complete,
     numbered,
+    put_aside,
+    read_state,
     step_of,
     tidy,
     verify,
@@ -211,11 +213,10 @@ def open_run_dir(output_dir: Path | str, resume: str | Path | None = None, overw
     if named:
         refuse_damaged(opened.checkpoint)
     elif opened.kind == "resume":
-        there = len(numbered(run_dir))
-        found = newest_complete(run_dir, say=say)
+        found = newest_usable(run_dir, say)
         opened = Opened("resume", found, step_of(found)) if found else Opened("fresh")
-        if there and not found:
-            say(f"{run_dir}: no checkpoint is whole; starting from step 0")
+        if not found:
+            say(f"{run_dir}: no checkpoint can be used; starting from step 0")
     if check:
         check(opened)
     if opened.kind == "finished":
@@ -224,13 +225,33 @@ def open_run_dir(output_dir: Path | str, resume: str | Path | None = None, overw
     elif overwrite and holds_run(run_dir):
         opened.moved_to = move_run_aside(run_dir)
         say(f"{run_dir}: the run that was there is now {opened.moved_to}")
-    elif named:
+    elif named or (opened.kind != "finished" and any(step_of(path) > opened.step for path in numbered(run_dir))):
         opened.moved_to = rewind(run_dir, opened.step)
         if opened.moved_to:
             say(f"{run_dir}: back to step {opened.step}; what is newer is now in {opened.moved_to.name}/")
     if opened.kind != "finished":
         cut_metrics(run_dir / METRICS, opened.step if opened.kind == "resume" else -1)
     return opened
+
+
+def newest_usable(run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint whose best one so far is whole too, or None; what is damaged is set aside by name.
+
+    The best one is what the run leaves in the end. If it is lost, going on from a later one cannot bring it back;
+    going on from an earlier one makes it again, bit for bit.
+    """
+    newest = newest_complete(run_dir, say=say)
+    for path in reversed(numbered(run_dir) if newest else []):
+        problems = [] if path == newest else verify(path)
+        best = None if problems else read_state(path).best_step
+        if problems:
+            put_aside(path, problems, say)
+        elif best is None or not (problems := verify(path.with_name(f"checkpoint-{best}"))):
+            return path
+        else:
+            say(f"{path}: whole, but what was best by then, checkpoint-{best}, is damaged or gone")
+            put_aside(path.with_name(f"checkpoint-{best}"), problems, say)
+    return None
 
 
 def decide(output_dir: Path | str, resume: str | Path | None, overwrite: bool) -> Opened:

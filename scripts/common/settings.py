@@ -178,6 +178,9 @@ class SftConfig:
                                     resume="free")
     max_minutes: float | None = setting(None, "Stop after this time with a checkpoint (exit status 75).",
                                         unit="minutes", within="(0, inf)", resume="free")
+    rank_timeout_minutes: float = setting(30.0, "With several processes: end the job (exit status 70) when none has "
+                                          "come further for this time.", unit="minutes", within="(0, inf)",
+                                          resume="free")
     logging_steps: int = setting(10, "Write a line of metrics every so many steps.", unit="steps", within="[1, inf)",
                                  resume="free")
     report_to: list[str] = setting(["tensorboard"], "Where metrics go beside metrics.jsonl.",

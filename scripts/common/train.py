@@ -6,8 +6,10 @@ plan knows beforehand. So the size of a micro-batch, packing and the number of p
 """
 from __future__ import annotations
 
+import hashlib
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from common.checkpoint import TrainState
+from common.checkpoint import TrainState, fail_point
 from common.data import Dataset
 from common.faults import NotFinite
 from common.loss import LossModel, batch_inputs, make_batch
@@ -79,9 +81,11 @@ def learning_rate(config: SftConfig, step: int, n_steps: int) -> float:
 
 
 def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, material: Material,
-               config: SftConfig, step: int) -> StepResult:
-    """Do optimizer step `step` of the plan. Raises NotFinite before the weights are touched."""
+               config: SftConfig, step: int, at: Callable[[str], None] = lambda place: None) -> StepResult:
+    """Do optimizer step `step` of the plan; at(place) is told where this process is. Raises NotFinite before the
+    weights are touched."""
     started = time.perf_counter()
+    at(f"step {step + 1}")
     plan, world, rank = material.plan, accelerator.num_processes, accelerator.process_index
     rows, total = plan.rank_rows(step, rank, world), plan.trained_tokens(step)
     # Randomness is a function of the step: a resumed run draws the same dropout masks.
@@ -100,6 +104,8 @@ def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torc
         last = i == passes - 1
         with nullcontext() if last else accelerator.no_sync(model):
             loss = model(**batch_inputs(batch))
+            if last:
+                at(f"step {step + 1}, the sum of the gradients")
             accelerator.backward(loss * (world / total))  # the ranks' gradients are averaged, hence `world`
         loss_sum += loss.detach()
     loss_sum = accelerator.reduce(loss_sum) if world > 1 else loss_sum
@@ -107,6 +113,7 @@ def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torc
     loss, norm = float(loss_sum) / total, float(norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NotFinite(_not_finite(step, loss, norm, material.places(plan.step_rows(step))))
+    fail_point("in_step", step + 1)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, norm, rate, plan.tokens(step), total, time.perf_counter() - started,
@@ -135,15 +142,18 @@ def evaluation_rows(datasets: list[Dataset], sides: list[np.ndarray], max_seq_le
 
 
 def evaluate_loss(accelerator: Accelerator, loss_model: LossModel, datasets: list[Dataset],
-                  rows: list[list[tuple[int, int]]], pad_id: int, batch_size: int) -> dict[str, float]:
+                  rows: list[list[tuple[int, int]]], pad_id: int, batch_size: int,
+                  at: Callable[[str], None] = lambda place: None) -> dict[str, float]:
     """Token-weighted loss over held-out rows, in all ("eval_loss") and by data set ("eval_loss/<name>").
 
-    Sums are float64 over single tokens, so batch size, order and number of processes do not matter.
+    at(place) is told where this process is. Sums are float64 over single tokens, so batch size, order and number of
+    processes do not matter.
     """
     sums = np.zeros((len(datasets), 2))  # nats, tokens
     loss_model.eval()
     batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
     for chosen in batches[accelerator.process_index::accelerator.num_processes]:
+        at("the evaluation")
         batch = make_batch([[datasets[s].example(int(e)) for s, e in row] for row in chosen], pad_id)
         with accelerator.autocast():
             losses, _ = loss_model.token_losses(batch.to(accelerator.device))
@@ -162,6 +172,8 @@ def count_step(state: TrainState, result: StepResult, plan: Plan, last: bool, ev
     """Book a step that was done; return a line for metrics.jsonl when one is due. Its loss is the token mean since the
     line before; the sums are part of the state, so that a resumed run writes the same lines."""
     epoch = plan.epoch_of(state.step)
+    order = b"|".join(row.tobytes() for row in plan.step_rows(state.step))
+    state.rows = hashlib.sha256(state.rows.encode() + order).hexdigest()
     state.step += 1
     state.tokens += result.tokens
     state.trained_tokens += result.trained_tokens

@@ -1,0 +1,203 @@
+"""The processes of one run: what the main one finds counts for all, and a dead or hung one ends the job.
+
+Every process notes in the job's key-value store how far it has come. A thread in each looks at the notes: when none has
+changed for `minutes`, or a process is gone, it writes the reason to run_status.json and ends its own process with 70.
+The backend's own time limits are not used: they name nobody, and a collective on a GPU cannot be left any other way.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from common.faults import RankLost, SaidElsewhere
+from common.rundir import read_status, write_status
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out|broken pipe|recv\w* fail|socket",
+                        re.IGNORECASE)
+GRACE_SECONDS = 5.0  # for a dead process's neighbours to notice by themselves, and for a failed one's last words
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """The result of work() on the main process, for all (it is pickled). A fault of it ends all with its exit status;
+    the main process alone says why."""
+    if accelerator.num_processes == 1:
+        return work()
+    from accelerate.utils import broadcast_object_list
+
+    result, fault = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except Exception as found:
+            fault = found
+    result, status = broadcast_object_list([result, None if fault is None else exit_status(fault)])
+    if fault is not None:
+        raise fault
+    if status is not None:
+        raise SaidElsewhere(status)
+    return result
+
+
+def exit_status(fault: BaseException) -> int:
+    """The exit status that a fault ends in."""
+    return getattr(fault, "status", 74 if isinstance(fault, OSError) else 1)
+
+
+class Watch:
+    """Context manager around a run's work. With one process it does nothing."""
+
+    def __init__(self, accelerator: Accelerator, minutes: float) -> None:
+        """minutes: end the job when no process has come further for this long."""
+        self.rank, self.world, self.seconds = accelerator.process_index, accelerator.num_processes, 60 * minutes
+        self.directory: Path | None = None  # where run_status.json is, once this run has the directory
+        self.done = threading.Event()
+        self.marks, self.place = 0, "start"
+        self.table: list[dict] = []
+        if self.world > 1:
+            from torch.distributed import PrefixStore
+            from torch.distributed.distributed_c10d import _get_default_store
+
+            store = PrefixStore("sft_watch", _get_default_store())
+            self.store, self.reader = store, store.clone()  # a client each: a lock is held while one waits
+            self.note()
+            accelerator.wait_for_everyone()  # every process has a note now
+
+    def at(self, place: str) -> None:
+        """This process has come to `place`."""
+        if self.world > 1:
+            self.marks, self.place = self.marks + 1, place
+            self.note()
+
+    def through(self, items: Iterable[T], place: str, every: int = 2000) -> Iterator[T]:
+        """The items, with a note at every so many."""
+        for i, item in enumerate(items):
+            if i % every == 0:
+                self.at(place)
+            yield item
+
+    def note(self, end: str = "") -> None:
+        self.store.set(str(self.rank), json.dumps({
+            "rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "marks": self.marks,
+            "place": self.place, "end": end}))
+
+    def read(self, store: object) -> list[dict]:
+        """The notes of all processes; the last ones seen if the store's host is gone."""
+        try:
+            self.table = [json.loads(store.get(str(rank))) for rank in range(self.world)]
+        except RuntimeError:
+            pass
+        return self.table
+
+    def __enter__(self) -> Watch:
+        if self.world > 1:
+            self.read(self.store)
+            threading.Thread(target=self.look, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type | None, fault: BaseException | None, _: object) -> None:
+        self.close()
+        if self.world > 1:
+            lost = self.named(fault)
+            if lost is not fault:
+                raise lost from None
+            try:
+                self.note(end=f"{kind.__name__}: {fault}"[:300] if fault else "done")
+            except RuntimeError:
+                pass  # the store's host has ended: nobody is left to read it
+
+    def close(self) -> None:
+        """From here on processes work alone, for any time."""
+        self.done.set()
+
+    def named(self, fault: BaseException | None) -> BaseException | None:
+        """RankLost in place of what a collective call raises when another process is gone; else the fault itself."""
+        if self.world == 1 or not isinstance(fault, RuntimeError) or not COLLECTIVE.search(str(fault)):
+            return fault
+        self.done.set()
+        end = time.monotonic() + GRACE_SECONDS
+        while not (lost := gone(self.read(self.store), self.rank)) and time.monotonic() < end:
+            time.sleep(0.1)
+        return RankLost(sentence(lost or behind(self.table), f"{fault}".splitlines()[0][:200]))
+
+    def look(self) -> None:
+        """The thread: compare the notes again and again."""
+        seen, since, missing_since = None, time.monotonic(), None
+        while not self.done.wait(min(1.0, self.seconds / 10)):
+            table, now = self.read(self.reader), time.monotonic()
+            if table != seen:
+                seen, since = [*table], now
+            lost = gone(table, self.rank)
+            missing_since = (missing_since or now) if lost else None
+            if lost and now - missing_since > 2 * GRACE_SECONDS:
+                self.end(sentence(lost, ""))
+            elif now - since > self.seconds:
+                self.end(sentence(behind(table), f"no process came further for {self.seconds / 60:g} minutes"))
+
+    def end(self, reason: str) -> None:
+        """End this process; its main thread hangs in a call that does not return."""
+        if self.done.is_set():
+            return
+        print(f"RankLost: {reason}", file=sys.stderr, flush=True)
+        self.leave_reason(reason)
+        os._exit(RankLost.status)
+
+    def leave_reason(self, reason: str) -> None:
+        """Write how it ended, from any process: the main one may be the lost one."""
+        if self.directory is None:
+            return
+        old = read_status(self.directory) or {}
+        if old.get("status") == "running":
+            kept = {name: old[name] for name in ("step", "total_steps", "resume_command") if name in old}
+            write_status(self.directory, **kept, status="failed", exit_status=RankLost.status, reason=reason)
+
+
+def gone(table: list[dict], but: int) -> list[str]:
+    """What is known of processes that ended before the others."""
+    return [f"rank {n['rank']} failed at {n['place']}: {n['end']}" if n["end"] else
+            f"rank {n['rank']} (process {n['pid']}) died at {n['place']}"
+            for n in table if n["rank"] != but and n["end"] != "done" and (
+                n["end"] or (n["host"] == socket.gethostname() and not is_alive(n["pid"])))]
+
+
+def behind(table: list[dict]) -> list[str]:
+    """The processes that have come least far."""
+    least, most = min(n["marks"] for n in table), max(n["marks"] for n in table)
+    if least == most:
+        return [f"all {len(table)} processes wait at {table[0]['place']}"]
+    return [f"rank {n['rank']} (process {n['pid']} on {n['host']}) did not come further than {n['place']}"
+            for n in table if n["marks"] == least]
+
+
+def sentence(lost: list[str], cause: str) -> str:
+    return (f"{'; '.join(lost)}{f' ({cause})' if cause else ''}. The newest checkpoint is whole: start again with "
+            "--resume_from_checkpoint.")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return False
+    except (OSError, IndexError):
+        return True
+    try:  # no /proc
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
