@@ -2,12 +2,14 @@
 
     python scripts/prepare_sft_datasets.py --dataset all                              # from the Hugging Face Hub
     python scripts/prepare_sft_datasets.py --dataset all --raw_dir ~/Downloads        # from files you already have
+    python scripts/prepare_sft_datasets.py --dataset gptme --tokenizer_path MODEL --max_seq_length 1024   # own logs
     python scripts/prepare_sft_datasets.py --list
 
-In: the published file of each data set, described by config/sft_datasets/<name>.json. Out: one row a line,
-{"prompt", "response", "source"} or {"messages", "source", "id"}, and a manifest in which rows_in is rows_kept plus the
-rows dropped by reason. Files appear complete or not at all, so after an interruption start the same command again; the
-rows come out byte for byte the same. Exit status 2 if any data set failed; the good ones are kept.
+In: the published file of each data set, described by config/sft_datasets/<name>.json, or conversation logs. Out: one
+row a line, {"prompt", "response", "source"} or {"messages", "source", "id"}, and a manifest in which rows_in is
+rows_kept plus the rows dropped by reason. Secrets in logs are redacted. Files appear complete or not at all, so after
+an interruption start the same command again; the rows come out byte for byte the same. Exit status 2 if any data set
+failed; the good ones are kept.
 """
 from __future__ import annotations
 
@@ -28,11 +30,15 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from common.collect import Collected, collect_logs, secrets_text
 from common.config import nearest, parse, setting
 from common.faults import UserError, run_main
+from common.logs import LOG_FORMS, Filters, LogReader, default_folder, log_files
 from common.oasst import TreeReader
 from common.rows import Row, RowReader, row_to_json
+from common.settings import TEMPLATES
 from common.sources import (
+    ONLY_OF_LOGS,
     ROOT,
     SPEC_DIR,
     TREE_FORMS,
@@ -63,6 +69,19 @@ class Config:
     skip_bad_rows: bool = setting(False, "Leave out rows that cannot be used, and count them, instead of stopping.")
     num_proc: int = setting(1, "Data sets prepared at the same time.", unit="processes", within="[1, inf)")
     list: bool = setting(False, "Print the known data sets and stop.")
+    redact: bool = setting(True, "Replace API keys, tokens, passwords and private keys by [REDACTED kind].",
+                           group="Own logs")
+    tokenizer_path: str | None = setting(None, "Cut long conversations into windows, measured with this tokenizer: "
+                                         ".model file, directory or Hub id.", path="hub")
+    max_seq_length: int | None = setting(None, "Longest window.", unit="tokens", within="[8, inf)")
+    prompt_template: str = setting("chatml", "How windows are measured; give 03_sft.py the same.", words=TEMPLATES,
+                                   suffixes=(".jinja", ".yaml", ".yml"), path="hub")
+    min_turns: int | None = setting(None, "Leave out conversations with fewer assistant messages.",
+                                    unit="assistant messages", within="[1, inf)")
+    require_user: bool = setting(False, "Leave out conversations without a user message.")
+    exclude: str | None = setting(None, "Leave out conversations with a message in which this regular expression is "
+                                  "found, as in (?i)salary.")
+    since: str | None = setting(None, "Leave out conversations whose last message is older, as in 2025-01-31.")
 
     def problems(self) -> list[str]:
         """Contradictions between settings."""
@@ -76,6 +95,21 @@ class Config:
                              f"{', '.join(['all', *known])}; a new one is a new file in config/sft_datasets/.")
         if not re.fullmatch(r"[A-Za-z]+(-[A-Za-z]+)?", self.lang):
             found.append(f'--lang: "{self.lang}" is no language code. Write it as in en or pt-BR.')
+        return found or self._log_problems()
+
+    def _log_problems(self) -> list[str]:
+        found = [f"--{problem}" for problem in Filters(exclude=self.exclude, since=self.since).problems()]
+        for name, other in (("tokenizer_path", "max_seq_length"), ("max_seq_length", "tokenizer_path")):
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                found.append(f"--{name}: it needs --{other}; windows are measured in tokens.")
+        if self.prompt_template != "chatml" and self.tokenizer_path is None:
+            found.append("--prompt_template: it needs --tokenizer_path and --max_seq_length; without, nothing is cut.")
+        given = [name for name in ("tokenizer_path", "max_seq_length", *ONLY_OF_LOGS) if getattr(self, name)]
+        given += [] if self.redact else ["no_redact"]
+        if given and self.dataset and not any(is_log(name) for name in self.dataset):
+            logs = ", ".join(filter(is_log, spec_names()))
+            found.append(f"--{given[0]}: it has an effect on logs only ({logs}), and none is named. Leave it out; "
+                         "03_sft.py splits long rows of other data sets by itself.")
         return found
 
 
@@ -114,59 +148,105 @@ def prepare(spec: Spec, config: Config, command: str) -> dict:
     """Read, filter, choose and write one data set; return its manifest. Raises UserError; then nothing is written."""
     if spec.lang not in ("any", config.lang):
         raise UserError(f"{spec.name}: its rows are in {spec.lang}, --lang asks for {config.lang}. Leave it out.")
-    if config.raw_dir is not None or spec.raw_dir:
-        files, line = local_files(spec, Path(config.raw_dir) if config.raw_dir is not None else ROOT / spec.raw_dir)
-    else:
-        files, line = hub_files(spec, ROOT / "data" / "cache")
-    print(line, flush=True)
-    changed: Counter[str] = Counter()
-    kept: list[bytes] = []  # JSON lines
-    seen: set[bytes] = set()
-    dropped: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    hashes = {}
-    for path in files:
-        reader = open_reader(spec, path, config, changed)
-        for row in reader:
-            out = to_output(row, spec)
-            row_id = {"id": out.pop("id")} if "id" in out else {}  # two rows that differ in it alone teach the same
-            content = json.dumps(out, ensure_ascii=False).encode()
-            key = hashlib.sha256(content).digest()
-            if key in seen:
-                dropped["exact duplicate"] += 1
-                continue
-            seen.add(key)
-            kept.append((json.dumps(out | row_id, ensure_ascii=False).encode() if row_id else content) + b"\n")
-        dropped.update(reader.dropped)
-        if reader.n_bad:
-            if spec.form not in TREE_FORMS:  # there a bad row is a message or a tree, not a candidate
-                dropped["bad row"] += reader.n_bad
-            print("\n".join(reader.bad) + f"\n{spec.name}: {reader.n_bad:,} bad rows left out", flush=True)
-        counts.update(rows_in=reader.rows_in, bad=reader.n_bad)
-        changed.update(reader.notes)
-        hashes[path.name] = reader.sha256
-    lines = choose(kept, config.max_samples, config.seed)
-    if len(lines) < len(kept):
-        dropped["not chosen by --max_samples"] += len(kept) - len(lines)
+    found = from_logs(spec, config) if spec.form in LOG_FORMS else from_files(spec, config)
+    lines = choose(found.lines, config.max_samples, config.seed)
+    units = dict(zip(found.lines, found.units))
+    kept = sum(map(units.get, lines))
+    if len(lines) < len(found.lines):
+        found.dropped["not chosen by --max_samples"] += sum(found.units) - kept
     if not lines:
-        raise UserError(f"{spec.name}: no row is left of {counts['rows_in']:,} ({reasons(dropped)}). "
-                        "Check --lang and the filters.")
+        way = "Check --raw_dir and the filters." if spec.form in LOG_FORMS else "Check --lang and the filters."
+        raise UserError(f"{spec.name}: no row is left of {found.rows_in:,} {unit(spec)} ({reasons(found.dropped)}). "
+                        + way)
     content = b"".join(lines)
-    numbers = {"rows_in": counts["rows_in"], "rows_kept": len(lines), "rows_dropped": dict(sorted(dropped.items())),
-               "rows_changed": dict(sorted(changed.items())), "rows_bad": counts["bad"]}
-    assert numbers["rows_in"] == len(lines) + sum(dropped.values()), numbers
-    manifest = describe(spec, config, numbers, hashes, hashlib.sha256(content).hexdigest()) | {
+    dropped = {reason: n for reason, n in sorted(found.dropped.items()) if n}
+    numbers = {"rows_in": found.rows_in, "rows_kept": kept, "rows_dropped": dropped,
+               "rows_changed": dict(sorted(found.changed.items())), "rows_bad": found.n_bad}
+    assert numbers["rows_in"] == kept + sum(dropped.values()), numbers
+    if spec.form in LOG_FORMS:
+        numbers["rows_out"] = len(lines)
+    manifest = describe(spec, config, numbers | found.more, found.hashes, hashlib.sha256(content).hexdigest()) | {
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": command}
     publish(Path(config.output_dir), manifest, content, to_csv(lines) if config.csv else None)
     return manifest
 
 
+def from_files(spec: Spec, config: Config) -> Collected:
+    """The rows of a published data set, filtered and without exact duplicates."""
+    if config.raw_dir is not None or spec.raw_dir:
+        files, line = local_files(spec, Path(config.raw_dir) if config.raw_dir is not None else ROOT / spec.raw_dir)
+    else:
+        files, line = hub_files(spec, ROOT / "data" / "cache")
+    print(line, flush=True)
+    found = Collected()
+    for path in files:
+        reader = open_reader(spec, path, config, found.changed)
+        for row in reader:
+            found.add(to_output(row, spec))
+        found.dropped.update(reader.dropped)
+        if reader.n_bad:
+            if spec.form not in TREE_FORMS:  # there a bad row is a message or a tree, not a candidate
+                found.dropped["bad row"] += reader.n_bad
+            show_bad(spec, reader)
+        found.rows_in += reader.rows_in
+        found.n_bad += reader.n_bad
+        found.changed.update(reader.notes)
+        found.hashes[path.name] = reader.sha256
+    return found
+
+
+def from_logs(spec: Spec, config: Config) -> Collected:
+    """The conversations of a person's own logs, filtered, redacted and cut into windows."""
+    folder = Path(config.raw_dir) if config.raw_dir is not None else default_folder(spec.form, spec.raw_dir)
+    files = log_files(spec.name, folder, spec.raw_patterns)
+    print(f"{spec.name}: took {len(files):,} file{'s' if len(files) > 1 else ''} of {folder}", flush=True)
+    chat = None
+    if config.tokenizer_path is not None:
+        from common.chat import load_chat  # seconds
+
+        chat = load_chat(config.tokenizer_path, config.prompt_template)
+    reader = LogReader(spec.form, folder, files, config.skip_bad_rows, spec.role_map)
+    found = collect_logs(reader, spec.name, log_filters(spec, config), redact=config.redact, chat=chat,
+                         size=config.max_seq_length)
+    if reader.n_bad:
+        show_bad(spec, reader)
+    return found
+
+
+def log_filters(spec: Spec, config: Config) -> Filters:
+    """The filters of the command line, before those of the data set's description."""
+    return Filters(**{name: getattr(config, name) or getattr(spec, name) for name in ONLY_OF_LOGS})
+
+
+def show_bad(spec: Spec, reader: RowReader | TreeReader | LogReader) -> None:
+    """Print what was left out by --skip_bad_rows."""
+    print("\n".join(reader.bad) + f"\n{spec.name}: {reader.n_bad:,} bad rows left out", flush=True)
+
+
+def unit(spec: Spec) -> str:
+    """What the counts of a data set are of."""
+    if spec.form in LOG_FORMS:
+        return "assistant messages"
+    return "candidate replies" if spec.form in TREE_FORMS else "rows"
+
+
+def is_log(name: str) -> bool:
+    """Whether the data set of this name is a person's own logs."""
+    return name in spec_names() and read_spec(SPEC_DIR / f"{name}.json").form in LOG_FORMS
+
+
 def describe(spec: Spec, config: Config, numbers: dict, hashes: dict[str, str], sha256_out: str) -> dict:
     """The manifest without time and command: a function of the raw files, the description and the settings."""
     settings = {k: v for k, v in dataclasses.asdict(spec).items() if v not in ("", None, [], {})}
+    if spec.form in LOG_FORMS:
+        settings = {k: v for k, v in settings.items() if k not in ("split", "reviewed")}
+        settings |= dataclasses.asdict(log_filters(spec, config)) | {
+            name: getattr(config, name) for name in ("tokenizer_path", "max_seq_length", "prompt_template", "redact")}
+    else:
+        settings.pop("require_user")
     return {
         "name": spec.name, "file": spec.output_name(config.lang),
-        "unit": "candidate replies" if spec.form in TREE_FORMS else "rows", **numbers, "files_in": sorted(hashes),
+        "unit": unit(spec), **numbers, "files_in": sorted(hashes),
         "sha256_in": next(iter(hashes.values())) if len(hashes) == 1 else hashes, "sha256_out": sha256_out,
         "licence": spec.licence + (f" ({spec.note})" if spec.note else ""),
         "source": spec.source or spec.raw_dir, "revision": spec.revision,
@@ -284,6 +364,10 @@ def table(manifests: list[dict]) -> str:
             lines.append(f"    dropped: {reasons(manifests[i - 1]['rows_dropped'])}")
         if i and manifests[i - 1]["rows_changed"]:
             lines.append(f"    changed: {reasons(manifests[i - 1]['rows_changed'])}")
+        if i and "secrets" in manifests[i - 1]:
+            lines.append("    {conversations_kept:,} of {conversations_in:,} conversations in {rows_out:,} rows".format(
+                **manifests[i - 1]))
+            lines += ["    " + line for line in secrets_text(manifests[i - 1]["secrets"])]
     return "\n".join(lines)
 
 

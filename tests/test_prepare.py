@@ -17,6 +17,7 @@ import pytest
 
 from common import sources
 from common.faults import UserError, run_main
+from common.logs import LOG_FORMS
 from common.oasst import TreeReader
 from common.rows import RowReader
 
@@ -337,7 +338,8 @@ def test_shipped_descriptions(capsys):
     shown = capsys.readouterr().out
     for path in SHIPPED:
         spec = sources.read_spec(path)
-        assert spec.name in shown and (spec.raw_dir or re.fullmatch("[0-9a-f]{40}", spec.revision))
+        own = spec.raw_dir or spec.form in LOG_FORMS
+        assert spec.name in shown and (own or re.fullmatch("[0-9a-f]{40}", spec.revision))
     for size, weights in {"tiny": (0.5, 0.3, 0.2), "small": (0.4, 0.4, 0.2), "base": (0.3, 0.4, 0.3)}.items():
         assert tuple(sources.recommended_weight(s, size) for s in ("dolly15k", "oasst1_en", "alpaca")) == weights
     assert sources.recommended_weight("other", "tiny") is None

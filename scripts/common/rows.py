@@ -36,7 +36,7 @@ WAY_OUT = {
     "instruction": "Rows need instruction and output, or prompt and response, or messages.",
     "text": "Rows need text, or prompt and response, or messages.",
 }
-OPTIONAL = ("input", "system", "source", "id", "tools", "completion")
+OPTIONAL = ("input", "system", "source", "id", "tools", "completion", "first_prompt")
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_MAP = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant",
             "bing": "assistant", "bard": "assistant", "developer": "system", "function": "tool", "observation": "tool"}
@@ -47,7 +47,7 @@ class Row:
     """One row. line: the line for JSONL and CSV (where the row starts), the row's number for JSON arrays and parquet.
 
     messages: [{"role": system|user|assistant|tool, "content": str}], assistant ones also "train": bool, and where given
-    tool_calls, name, tool_call_id. Or None, and text is the plain text.
+    tool_calls, name, tool_call_id, speaker (the template's name for the role). Or None, and text is the plain text.
     """
 
     line: int
@@ -56,9 +56,12 @@ class Row:
     tools: list | None = None
     source: str | None = None
     id: str | None = None
+    prompt: str | None = None  # "first_prompt" of the file: of the conversation that this row is a later part of
 
     def first_prompt(self) -> str:
         """The text that decides on which side of the split the row is: the first user message, or the plain text."""
+        if self.prompt is not None:
+            return self.prompt
         if self.messages is None:
             return self.text
         for message in self.messages:
@@ -73,13 +76,15 @@ def row_to_json(row: Row) -> dict:
         out: dict = {"text": row.text}
     else:
         out = {"messages": [{k: v for k, v in m.items() if k != "train" or not v} for m in row.messages]}
-    return out | {k: v for k, v in (("tools", row.tools), ("source", row.source), ("id", row.id)) if v is not None}
+    more = (("tools", row.tools), ("source", row.source), ("id", row.id), ("first_prompt", row.prompt))
+    return out | {k: v for k, v in more if v is not None}
 
 
 class RowReader:
     """Iterate over the good rows of a file; then the counts stand, and rows_in = rows_kept + n_bad + sum(dropped).
 
-    columns: our key -> the file's key, e.g. {"input": "context", "output": "response"}. role_map: further role names.
+    columns: our key -> the file's key, e.g. {"input": "context", "output": "response"}.
+    role_map: further role names -> role, or (role, what the template calls the speaker).
     edit: sees every readable object under our keys; may change it, or give a reason to drop it.
     form: read the rows in this form, even if keys of an earlier one are there.
     rows_in, rows_kept; bad: the first 20 findings "file:line: reason"; n_bad; dropped: reason -> rows; notes: what was
@@ -87,16 +92,18 @@ class RowReader:
     Raises UserError at the end if rows are bad, unless skip_bad_rows; at once if the file as a whole cannot be read.
     """
 
-    def __init__(self, path: str | Path, *, skip_bad_rows: bool = False, role_map: dict[str, str] | None = None,
+    def __init__(self, path: str | Path, *, skip_bad_rows: bool = False, role_map: dict[str, str | tuple] | None = None,
                  columns: dict[str, str] | None = None, edit: Callable[[dict], str | None] | None = None,
                  form: str | None = None):
-        for name, role in (role_map or {}).items():
+        given = {name: role if isinstance(role, str) else role[0] for name, role in (role_map or {}).items()}
+        for name, role in given.items():
             if role not in ROLES:
                 raise UserError(f'role map: "{name}" is mapped to "{role}", which is no role. '
                                 f'Roles: {", ".join(ROLES)}.')
         self.path, self.skip_bad_rows, self.columns = Path(path), skip_bad_rows, columns or {}
         self.edit, self.asked_form = edit, form
-        self.roles = {r: r for r in ROLES} | ROLE_MAP | (role_map or {})
+        self.roles = {r: r for r in ROLES} | ROLE_MAP | given
+        self.speakers = {name: role[1] for name, role in (role_map or {}).items() if not isinstance(role, str)}
         self._start()
 
     def _start(self) -> None:
@@ -179,7 +186,8 @@ class RowReader:
         if system is not None and system != "" and messages is not None:
             self._add_system(messages, self._text(record, "system", form))
         tools = self._tools(record.get("tools")) if messages is not None else None
-        row = Row(number, messages, text, tools, _label(record, "source"), _label(record, "id"))
+        row = Row(number, messages, text, tools, _label(record, "source"), _label(record, "id"),
+                  _label(record, "first_prompt"))
         if self.form is None:
             self.form, self._form_line = form, number
         return row if self._useful(row) else None
@@ -213,14 +221,14 @@ class RowReader:
         if type(prompt) is str and type(response) is str and "\0" not in prompt and "\0" not in response:
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response, "train": True}]
         if isinstance(prompt, list):
-            before = self._messages_of(prompt, "prompt")
+            before = self.messages_of(prompt, "prompt")
             for message in before:
                 if message["role"] == "assistant":
                     message["train"] = False  # context; a trained earlier turn belongs in the messages form
         else:
             before = [{"role": "user", "content": self._text(record, "prompt", "prompt")}]
         if isinstance(response, list):
-            after = self._messages_of(response, key)
+            after = self.messages_of(response, key)
             if not any(m["role"] == "assistant" for m in after):
                 raise Bad(f'no assistant message in "{key}". There is nothing to learn from the row.')
         else:
@@ -241,7 +249,7 @@ class RowReader:
             value = parse(value)
         if not isinstance(value, list):
             raise Bad(f'"{self._name(key)}" is {kind_of(value)}. {WAY_OUT[key]}')
-        messages = self._messages_of(value, key)
+        messages = self.messages_of(value, key)
         if not any(m["role"] == "assistant" for m in messages):
             raise Bad("no assistant message. There is nothing to learn from the row.")
         return messages
@@ -249,12 +257,14 @@ class RowReader:
     def _conversations(self, record: dict) -> list[dict]:
         return self._messages(record, "conversations")
 
-    def _messages_of(self, values: list, key: str) -> list[dict]:
+    def messages_of(self, values: list, key: str) -> list[dict]:
+        """Checked messages as in Row; `key` is named in findings. Raises Bad."""
         if not values:
             raise Bad(f'"{self._name(key)}" is an empty list. Rows need at least one user and one assistant message.')
-        return [self._message(value, f'message {i} of "{self._name(key)}"') for i, value in enumerate(values, 1)]
+        return [self.message(value, f'message {i} of "{self._name(key)}"') for i, value in enumerate(values, 1)]
 
-    def _message(self, value: object, place: str) -> dict:
+    def message(self, value: object, place: str) -> dict:
+        """One checked message as in Row. Raises Bad."""
         if not isinstance(value, dict):
             raise Bad(f"{place} is {kind_of(value)}. A message is {{role, content}}.")
         role_key, content_key = ("from", "value") if "from" in value and "role" not in value else ("role", "content")
@@ -273,6 +283,8 @@ class RowReader:
             message["train"] = train is not False
         elif train:
             raise Bad(f'"train" of {place} is true, but its role is {known}. Only assistant messages are trained.')
+        if role in self.speakers:
+            message["speaker"] = self.speakers[role]
         if len(value) > 2:
             self._add_extras(message, value, place)
         return message
@@ -304,7 +316,7 @@ class RowReader:
             if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
                 raise Bad(f'"tool_calls" of {place} is {kind_of(calls)}. It has to be a list of objects.')
             message["tool_calls"] = calls
-        for key in ("name", "tool_call_id"):
+        for key in ("name", "tool_call_id", "speaker"):
             if isinstance(value.get(key), str):
                 message[key] = value[key]
 

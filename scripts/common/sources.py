@@ -5,6 +5,7 @@
      "output": "name.jsonl", "licence": "...", "recommended_weights": {"tiny": 0.5, "small": 0.4, "base": 0.3}}
 
 Only source (or raw_dir), form, output and licence have to be there. Without `files` the split is loaded by `datasets`.
+The forms gptme, openai and chatgpt are a person's own logs; raw_dir is where they lie if --raw_dir is not given.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.faults import UserError
+from common.logs import LOG_FORMS, Filters
 from common.records import kind_of
 from common.rows import FORMS
 from common.structured import read_structured
@@ -26,6 +28,8 @@ from common.structured import read_structured
 ROOT = Path(__file__).resolve().parents[2]
 SPEC_DIR = ROOT / "config" / "sft_datasets"
 TREE_FORMS = ("context", "pairs")
+ONLY_OF_LOGS = ("min_turns", "require_user", "exclude", "since")
+NOT_OF_LOGS = ("revision", "split", "files", "columns", "filters", "top_k")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 TYPES = {str: "a text", dict: "an object", list: "a list", bool: "true or false", int: "a whole number"}
 
@@ -35,7 +39,7 @@ class Spec:
     """One data set, as its JSON file says."""
 
     name: str
-    form: str                                   # a row form, or context / pairs for message trees
+    form: str                                   # a row form, context / pairs for message trees, or a form of logs
     output: str                                 # file name; {lang} is the language asked for
     licence: str
     title: str = ""
@@ -52,6 +56,10 @@ class Spec:
     lang: str = "any"                           # the one language of its rows; any: rows name theirs (trees)
     reviewed: bool = True                       # trees: only replies that passed review
     top_k: int | None = None                    # trees: best replies to one message; null: all
+    min_turns: int | None = None                # logs: see Filters in common/logs.py; flags of the script go before
+    require_user: bool = False
+    exclude: str | None = None
+    since: str | None = None
     recommended_weights: dict[str, float] = field(default_factory=dict)  # model size -> weight
 
     def output_name(self, lang: str) -> str:
@@ -85,8 +93,17 @@ def read_spec(path: Path) -> Spec:
 
 def _contradictions(given: dict) -> list[str]:
     problems = []
-    if given["form"] not in (*FORMS, *TREE_FORMS):
-        problems.append(f'"form" is "{given["form"]}", it has to be one of {", ".join((*FORMS, *TREE_FORMS))}')
+    forms = (*FORMS, *TREE_FORMS, *LOG_FORMS)
+    if given["form"] not in forms:
+        problems.append(f'"form" is "{given["form"]}", it has to be one of {", ".join(forms)}')
+    logs = given["form"] in LOG_FORMS
+    problems += [f'"{key}" has no effect on the form {given["form"]}' for key in (NOT_OF_LOGS if logs else ONLY_OF_LOGS)
+                 if given.get(key)]
+    if logs and not given.get("raw_patterns"):
+        problems.append('"raw_patterns" is missing: the names of the log files')
+    if logs:
+        chosen = Filters(**{key: given.get(key) for key in ONLY_OF_LOGS})
+        problems += [f'"{name}": {finding}' for name, _, finding in (p.partition(": ") for p in chosen.problems())]
     if not given.get("source") and not given.get("raw_dir"):
         problems.append('"source" (a Hub id) or "raw_dir" is missing')
     if Path(given["output"]).name != given["output"] or not given["output"].endswith(".jsonl"):

@@ -1,0 +1,126 @@
+"""Own conversation logs -> the lines of a data set: filtered, redacted, cut into windows, without exact duplicates.
+
+Counts are of assistant messages: those of the logs are those trained in exactly one line and those dropped, by reason.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+
+from common.chat import Chat
+from common.logs import Conversation, Filters, LogReader
+from common.redact import redact_all
+from common.rows import Row, row_to_json
+from common.windows import cut
+
+
+@dataclass
+class Collected:
+    """Lines of a data set and what was counted. units: what each line counts for (rows: 1; logs: trained answers)."""
+
+    lines: list[bytes] = field(default_factory=list)
+    units: list[int] = field(default_factory=list)
+    rows_in: int = 0
+    n_bad: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+    hashes: dict[str, str] = field(default_factory=dict)
+    more: dict = field(default_factory=dict)  # further keys of the manifest
+    seen: set[bytes] = field(default_factory=set)
+
+    def add(self, out: dict, units: int = 1) -> bool:
+        """Add a row, unless an equal one is there: two that differ in their id alone teach the same."""
+        row_id = {"id": out.pop("id")} if "id" in out else {}
+        content = json.dumps(out, ensure_ascii=False).encode()
+        key = hashlib.sha256(content).digest()
+        if key in self.seen:
+            self.dropped["exact duplicate"] += units
+            return False
+        self.seen.add(key)
+        self.lines.append((json.dumps(out | row_id, ensure_ascii=False).encode() if row_id else content) + b"\n")
+        self.units.append(units)
+        return True
+
+
+def collect_logs(reader: LogReader, source: str, filters: Filters, *, redact: bool, chat: Chat | None,
+                 size: int | None) -> Collected:
+    """Read all conversations; with `chat`, cut them into windows of at most `size` tokens. Raises UserError."""
+    result, places, n_talks, kept = Collected(), [], 0, 0
+    for talk in reader:
+        n_talks += 1
+        result.rows_in += talk.answers()
+        reason = filters.reason(talk)
+        if reason:
+            result.dropped[reason] += talk.answers()
+            continue
+        if redact:
+            places += _without_secrets(talk)
+        _mark(talk, result.dropped)
+        prompt = next((m["content"] for m in talk.messages if m["role"] == "user"), None)
+        parts = cut(talk.messages, talk.tools, chat, size)
+        result.dropped.update(parts.dropped)
+        added = []
+        for i, (messages, answers) in enumerate(parts.windows, 1):
+            row = Row(0, messages, None, talk.tools, source, talk.id if chat is None else f"{talk.id}#{i}")
+            if prompt is not None and row.first_prompt() != prompt:
+                row.prompt = prompt  # so that all windows of a conversation are on one side of the split
+            added.append(result.add(row_to_json(row), answers))
+        kept += any(added)
+    if reader.damaged:
+        result.rows_in += reader.damaged
+        result.dropped["in a damaged log"] += reader.damaged
+    result.n_bad, result.hashes, result.changed = reader.n_bad, reader.hashes, reader.notes
+    result.more = {"conversations_in": n_talks, "conversations_kept": kept, "secrets": _report(places, redact)}
+    return result
+
+
+def _without_secrets(talk: Conversation) -> list[tuple[str, str]]:
+    """Redact a conversation in place; return (place, kind) of what was found."""
+    found = []
+    for i, (message, place) in enumerate(zip(talk.messages, talk.places)):
+        kinds: list[str] = []
+        talk.messages[i] = {k: v if k == "role" else redact_all(v, kinds) for k, v in message.items()}
+        found += [(place, kind) for kind in kinds]
+    kinds = []
+    talk.tools = redact_all(talk.tools, kinds)
+    talk.id = redact_all(talk.id, kinds)
+    return found + [(f"{talk.places[0]} (tools or name)", kind) for kind in kinds]
+
+
+def _mark(talk: Conversation, dropped: Counter[str]) -> None:
+    """Set "train" to false on assistant messages that teach nothing, or something wrong; count them."""
+    for i, message in enumerate(talk.messages):
+        if message["role"] != "assistant":
+            continue
+        if not message["train"]:
+            dropped['marked "train": false'] += 1
+        elif not message["content"].strip() and not message.get("tool_calls"):
+            dropped["empty answer"] += 1
+        elif talk.lost_after is not None and i >= talk.lost_after:
+            dropped["after an image or a file that the log lacks"] += 1
+        else:
+            continue
+        message["train"] = False
+
+
+def _report(places: list[tuple[str, str]], redact: bool) -> dict:
+    """What was redacted: how many, of which kinds, and where; never what."""
+    if not redact:
+        return {"redacted": False}
+    counted = Counter(places)
+    return {"redacted": True, "found": len(places), "by_kind": dict(sorted(Counter(k for _, k in places).items())),
+            "places": [{"place": place, "kind": kind, "count": n} for (place, kind), n in counted.items()]}
+
+
+def secrets_text(secrets: dict, shown: int = 20) -> list[str]:
+    """Lines for the end of a run: how many secrets of which kind were redacted, and the first places."""
+    if not secrets["redacted"]:
+        return ["secrets: not looked for (--no_redact)"]
+    if not secrets["found"]:
+        return ["secrets: none found"]
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in secrets["by_kind"].items())
+    places = secrets["places"]
+    more = [f"… and {len(places) - shown:,} more places, in the manifest"] if len(places) > shown else []
+    return [f"secrets redacted: {kinds}", *(f"{p['place']}: {p['count']} {p['kind']}" for p in places[:shown]), *more]

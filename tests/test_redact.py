@@ -1,0 +1,145 @@
+"""Secrets go, whole, wherever they are; prose and code stay."""
+import hashlib
+import random
+import string
+
+import pytest
+
+from common.redact import redact
+
+# Made up here, character by character, so that no scanner of this repository finds a key in it.
+LETTERS = "".join(random.Random(7).choices(string.ascii_letters + string.digits, k=400))
+BASE64 = "\n".join(LETTERS[i:i + 64] for i in range(0, 320, 64)) + "\nq0=="
+OPENAI, GITHUB = "sk-" + "proj-" + LETTERS[:120], "gh" + "p_" + LETTERS[:36]
+PRIVATE = "-----BEGIN OPENSSH " + "PRIVATE KEY-----\n" + BASE64 + "\n-----END OPENSSH " + "PRIVATE KEY-----"
+HEADER, FOOTER = PRIVATE.splitlines()[0], PRIVATE.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "kind, secret",
+    [
+        ("Anthropic key", "sk-" + "ant-api03-" + LETTERS[:95]),
+        ("AWS access key", "AK" + "IAIOSFODNN7EXAMPLE"),
+        ("API key", "sk" + "-" + LETTERS[:48]),
+        ("Google key", "AI" + "za" + LETTERS[:35]),
+        ("GitHub token", "github" + "_pat_" + LETTERS[:22] + "_" + LETTERS[:59]),
+        ("GitHub token", "gh" + "o_" + LETTERS[:36]),
+        ("GitLab token", "gl" + "pat-" + LETTERS[:20]),
+        ("Slack token", "xo" + "xb-123456789012-" + LETTERS[:24]),
+        ("Hugging Face token", "h" + "f_" + LETTERS[:34]),
+        ("Stripe key", "sk" + "_live_" + LETTERS[:24]),
+        ("JSON web token", "ey" + "JhbGciOiJIUzI1NiJ9.ey" + "JzdWIiOiIxMjM0In0." + LETTERS[:43]),
+        ("private key", PRIVATE),
+        ("private key", PRIVATE.replace("OPENSSH ", "")),
+        ("private key", PRIVATE.replace("\n", "\\n")),
+        ("private key", PRIVATE.replace("\n", "\r\n")),
+        ("private key", PRIVATE.replace("\n", "\n> ")),
+        ("private key", HEADER + "\n" + BASE64),
+        ("private key", BASE64 + "\n" + FOOTER),
+        ("private key", PRIVATE.replace("SSH PRIVATE", "SSH\nPRIVATE")),
+    ],
+)
+def test_kinds_of_secrets(kind, secret):
+    """The published shapes, whole, quoted, escaped or cut off; nothing around them is touched; twice is as once."""
+    for before, after in (
+        ("It is ", ", ok."),
+        ('export X="', '"\nls'),
+        ("", ""),
+        ("(`", "`)"),
+        ("A line\n", "\nmore prose."),
+    ):
+        text, kinds = redact(before + secret + after)
+        assert (text, kinds) == (f"{before}[REDACTED {kind}]{after}", [kind])
+        assert redact(text) == (text, [])
+    if kind != "private key":
+        assert redact(f"\\n{secret}") == (f"\\n[REDACTED {kind}]", [kind])  # escaped text
+    doubled = f"{secret} and\n{secret}"
+    assert redact(doubled)[1] == [kind, kind]
+
+
+@pytest.mark.parametrize(
+    "kind, secret",
+    [
+        ("GitHub token", GITHUB),
+        ("AWS access key", "AK" + "IAIOSFODNN7EXAMPLE"),
+        ("OpenAI key", OPENAI),
+        ("Google key", "AI" + "za" + LETTERS[:35]),
+        ("Anthropic key", "sk-" + "ant-api03-" + LETTERS[:95]),
+    ],
+)
+def test_a_key_wrapped_over_two_lines(kind, secret):
+    """Terminals and logs wrap at 80 columns; guards against half a key that stays."""
+    for at in range(max(len(secret) - 20, 5), len(secret) - 8):
+        text, kinds = redact(f"key: {secret[:at]}\n{secret[at:]}\nand then it printed more")
+        assert (text, kinds) == (f"key: [REDACTED {kind}]\nand then it printed more", [kind]), at
+
+
+@pytest.mark.parametrize(
+    "text, kinds",
+    [
+        ("password = 'Tr0ub4dor&3'", ["password"]),
+        ('{"DB_PASSWORD": "q9!fK2mz"}', ["password"]),
+        ("postgres://app:Xk29_fq@db.local/app", ["password in a URL"]),
+        (f"Authorization: Bearer {LETTERS[:32]}", ["bearer token"]),
+        ("authorization: Basic dXNlcjpodW50ZXIy", ["basic authentication"]),
+        (f"MY_API_KEY={LETTERS[:24]}", ["secret"]),
+        (f'client_secret: "{LETTERS[:30]}"', ["secret"]),
+    ],
+)
+def test_what_is_assigned_to_a_name_of_a_secret(text, kinds):
+    """Values without a known shape, where they look like generated ones."""
+    out, found = redact(text)
+    assert found == kinds and redact(out) == (out, []) and out != text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The password must have 8 characters, a digit and a sign.",
+        "password = getpass.getpass()",
+        "password: str | None = None",
+        "api_key = os.environ['OPENAI_API_KEY']",
+        "OPENAI_API_KEY=sk-...",
+        "token = 'your_token_here_1234567890'",
+        "tokenizer_path: data/tokenizer/spm32k_v2.model",
+        "max_tokens = 1024",
+        "next_token = tokens[position + 1]",
+        "https://user:password@example.com",
+        "postgres://${USER}:${PASS}@host",
+        "git@github.com:owner/name.git",
+        "commit 3f785f3a9f1d2c4b5a69788796a5b4c3d2e1f009",
+        "sha256:" + hashlib.sha256(b"").hexdigest(),
+        "id 123e4567-e89b-12d3-a456-426614174000",
+        "sk-learn-contrib and task-1234567890abcdefghijkl",
+        "hf_hub_download(repo)",
+        'if "-----BEGIN ' + 'PRIVATE KEY-----" in text: raise',
+        "-----BEGIN CERTIFICATE-----\n" + BASE64,
+        "ghp_short",
+        "AKIA and AIza are prefixes",
+        "x = 'The secret: think twice before you act.'",
+        "token: 12345678901234567890",
+        "secret_santa_list = load_list(2024)",
+        "data:image/png;base64," + BASE64,
+        "password: correct horse battery staple",
+    ],
+)
+def test_prose_and_code_stay(text):
+    """Guards against redaction that eats data: names, hashes, placeholders, code about secrets."""
+    assert redact(text) == (text, [])
+
+
+def test_no_text_makes_redaction_slow():
+    """Guards against a regular expression that takes minutes on a crafted line."""
+    for text in (
+        "-" * 200_000,
+        "eyJ" * 60_000,
+        "-----BEGIN " * 15_000,
+        "ghp_" * 50_000,
+        "A" * 200_000,
+        "password=" * 20_000,
+        "://" * 60_000,
+        "A1b2C3d4\n" * 20_000,
+        "sk-proj-" + "A1b2C3d4\n" * 20_000,
+        "\n>" * 100_000,
+    ):
+        redact(text)
