@@ -75,8 +75,11 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     if config.explain_step:
         run.say(*explain_step(run, chat, material))
         return 0
-    run.say(*show.describe_data(material), show.describe_plan(material), *show.show_example(material, chat))
+    run.say(*chat.notes, *show.describe_data(material), show.describe_plan(material))
+    run.say(*show.show_example(material, chat))
     run.say(*prove_chat(config, chat))
+    if config.export_rendered and run.main:
+        run.say(leave.export_rendered(config.export_rendered, material, chat))
     if config.dry_run:
         return 0
     if asked := stop.asked(run.accelerator):
@@ -205,7 +208,8 @@ def prove_chat(config: SftConfig, chat: Chat) -> list[str]:
     from common.rows import RowReader
 
     rows = [row for path in config.all_dataset_paths() for row in islice(
-        RowReader(path, skip_bad_rows=config.skip_bad_rows, role_map=config.roles()), 200)]
+        RowReader(path, skip_bad_rows=config.skip_bad_rows, role_map=config.roles() | chat.role_map),
+        200)]
     apart = chat.encoded_apart
     found = chat.prove(rows)
     lines = []

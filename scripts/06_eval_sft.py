@@ -155,12 +155,16 @@ def read_sets(config: EvalConfig, subject: Subject) -> list[EvalSet]:
     return [EvalSet("built-in", "", [Case(Row(i, m), "built-in", m, None) for i, m in enumerate(asked, 1)])]
 
 
-def roles_of(subject: Subject) -> dict[str, str]:
-    """The run's names of roles."""
-    return dict(entry.split("=", 1) for entry in subject.settings.get("role_map", []))
+def roles_of(subject: Subject) -> dict[str, str | tuple]:
+    """The run's names of roles, and those of the template file it was trained with."""
+    from common.template_file import facts
+
+    template = Path(subject.path) / "chat_template.jinja"
+    found = facts(template.read_text(encoding="utf-8"))["roles"] if template.is_file() else {}
+    return dict(entry.split("=", 1) for entry in subject.settings.get("role_map", [])) | found
 
 
-def read_set(config: EvalConfig, path: str, roles: dict[str, str], taken: list[str]) -> EvalSet:
+def read_set(config: EvalConfig, path: str, roles: dict[str, str | tuple], taken: list[str]) -> EvalSet:
     """Read a file of rows, or a seeded choice of them in their order. Raises UserError for bad rows."""
     import numpy as np
     from tqdm import tqdm

@@ -22,6 +22,7 @@ import numpy as np
 from common.faults import UserError
 from common.render import Template
 from common.spm import SentencePiece, prove_equal, to_fast
+from common.template_file import TemplateFile, facts, read_template_file, to_jinja
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,6 +59,7 @@ class Chat:
     train_on_prompt: bool = False
     added_tokens: list[str] = field(default_factory=list)  # new in the vocabulary, so their rows must be trained
     adds_bos: bool = False
+    notes: list[str] = field(default_factory=list)  # what a template file said that has no effect, and the like
     encoded_apart: int = 0
 
     def __post_init__(self) -> None:
@@ -93,6 +95,11 @@ class Chat:
                             "could never learn to stop. End the assistant's turn with eos_token or a chat token.")
         return answer[-1].control
 
+    @cached_property
+    def role_map(self) -> dict[str, tuple[str, str]]:
+        """Names of roles in the rows -> (role, the template's name for who speaks), as a template file has them."""
+        return {name: tuple(pair) for name, pair in facts(self.template)["roles"].items()}
+
     # -- rows and prompts
 
     def encode_rows(self, rows: list[Row]) -> list[Encoded]:
@@ -121,6 +128,27 @@ class Chat:
         if self.assistant_turns == "last":
             turns = turns[-1:]
         return frozenset(i for i in turns if messages[i].get("train", True))
+
+    def rendered(self, row: Row) -> tuple[str, list[tuple[int, int]]]:
+        """A row as text, without the BOS, and where in it (characters from, to) its trained parts are.
+
+        Signs that a control token stands for are shown as the template file calls them.
+        """
+        layout = self._text_layout(row.text) if row.messages is None else \
+            self._layout(row.messages, row.tools, self._trained_turns(row.messages))
+        if layout and isinstance(layout[0], tuple) and layout[0][0] == self.bos_id:
+            layout = layout[1:]
+        names = {i: t for t, i in self._controls.items()}
+        shown = facts(self.template)["signs"]
+        parts = [part for item in layout for part in (
+            item if isinstance(item, list) else [(shown.get(names[item[0]], names[item[0]]), item[1])])]
+        spans, at = [], 0
+        for text, learnt, *_ in parts:
+            if learnt and text:
+                spans = [*spans[:-1], (spans[-1][0], at + len(text))] if spans and spans[-1][1] == at else \
+                    [*spans, (at, at + len(text))]
+            at += len(text)
+        return "".join(part[0] for part in parts), spans
 
     # -- a row before it is encoded
 
@@ -210,6 +238,8 @@ class Chat:
     def _encode_run(self, texts: list[str], ids: dict[str, np.ndarray]) -> tuple[np.ndarray, list[int]]:
         """The ids of a run, and where in them each of its parts ends."""
         whole = ids[texts[0]]
+        if len(texts) == 1:
+            return whole, [len(whole)]
         prefixes = [ids[text] for text in texts[1:]]
         if all(whole[:len(p)].tobytes() == p.tobytes() for p in prefixes):
             return whole, [*map(len, prefixes), len(whole)]
@@ -342,45 +372,75 @@ def load_tokenizer(path: str, revision: str | None = None) -> tuple[PreTrainedTo
 
 def load_chat(tokenizer_path: str, template: str = "chatml", *, revision: str | None = None,
               system_prompt: str | None = None, assistant_turns: str = "all", train_on_prompt: bool = False) -> Chat:
-    """Load a tokenizer and give it a template: chatml, instruct, chat, raw, model (the tokenizer's own), FILE.jinja.
+    """Load a tokenizer and give it a template: chatml, instruct, chat, raw, model (the tokenizer's own), FILE.jinja
+    or FILE.yaml (template_file.py).
 
     `system_prompt` becomes part of the template: it is used where a conversation does not begin with a system turn.
     """
     tokenizer, native = load_tokenizer(tokenizer_path, revision)
     plain = tokenizer("a")["input_ids"]
     adds_bos = tokenizer.bos_token_id is not None and (native is not None or plain[:1] == [tokenizer.bos_token_id])
-    added: list[str] = []
-    if template == "chatml":
-        vocabulary = tokenizer.get_vocab()
-        added = [t for t in CHATML_TOKENS if t not in vocabulary]
-        missing = [t for t in CHATML_TOKENS if t not in tokenizer.all_special_tokens]
-        if missing:  # special, so that the same strings in a text can be told apart from them
-            tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
-    source = _template_source(template, tokenizer, tokenizer_path, adds_bos)
+    added, notes = [], []
+    if template.endswith((".yaml", ".yml")):
+        file = read_template_file(template)
+        signs, notes = _signs(file, tokenizer)
+        added = _add_special(tokenizer, list(signs.values()))
+        source = _with_bos(to_jinja(file, signs), adds_bos)
+    else:
+        added = _add_special(tokenizer, CHATML_TOKENS) if template == "chatml" else []
+        source = _template_source(template, tokenizer, tokenizer_path, adds_bos)
     if system_prompt is not None:
         turn = json.dumps(system_prompt, ensure_ascii=False)
         source = ("{%- if not messages or messages[0].role != 'system' -%}\n{%- set messages = "
                   f"[{{'role': 'system', 'content': {turn}}}] + messages -%}}\n{{%- endif -%}}\n") + source
-    return Chat(tokenizer, template, source, native, assistant_turns, train_on_prompt, added, adds_bos)
+    return Chat(tokenizer, template, source, native, assistant_turns, train_on_prompt, added, adds_bos, notes)
+
+
+def _add_special(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[str]:
+    """Make these strings control tokens; return those that are new in the vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [t for t in tokens if t not in tokenizer.all_special_tokens]
+    if missing:  # special, so that the same strings in a text can be told apart from them
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+    return [t for t in tokens if t not in vocabulary]
+
+
+def _signs(file: TemplateFile, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, str], list[str]]:
+    """The control token for each special token of a template file, and lines to be said.
+
+    A string that is an ordinary token (° is one of most tokenizers) cannot be a control token as well: the model could
+    not write "25 °C" without ending its turn, nor could a text be told apart from a sign. A new token stands for it.
+    """
+    used = {name: text for name, text in file.signs.items() if name in file.template}
+    vocabulary, known = tokenizer.get_vocab(), {str(t) for t in tokenizer.added_tokens_decoder.values()}
+    ordinary = {name for name, text in used.items() if text in vocabulary and text not in known}
+    notes = [f"{file.path}: {name} {used[name]!r} is an ordinary token of this tokenizer; the new control token "
+             f"<|{name}|> stands for it, so that {used[name]!r} in a text stays text" for name in used
+             if name in ordinary]
+    return {name: f"<|{name}|>" if name in ordinary else text for name, text in used.items()}, [*file.notes, *notes]
+
+
+def _with_bos(source: str, adds_bos: bool) -> str:
+    return "{{- bos_token -}}\n" + source if adds_bos else source
 
 
 def _template_source(template: str, tokenizer: PreTrainedTokenizerFast, tokenizer_path: str, adds_bos: bool) -> str:
     if template == "model":
         if not isinstance(tokenizer.chat_template, str):
             raise UserError(f"{tokenizer_path}: the tokenizer brings no chat template. "
-                            f"Use --prompt_template {'|'.join(BUILT_IN)} or a .jinja file.")
+                            f"Use --prompt_template {'|'.join(BUILT_IN)} or a .jinja or .yaml file.")
         return tokenizer.chat_template
     if template.endswith(".jinja"):
         try:
             return Path(template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as fault:
             raise UserError(f"{template}: {getattr(fault, 'strerror', None) or fault}. --prompt_template takes "
-                            f"{', '.join(BUILT_IN)}, model, or a .jinja file.") from None
+                            f"{', '.join(BUILT_IN)}, model, or a .jinja or .yaml file.") from None
     if template not in BUILT_IN:
         raise UserError(f"--prompt_template: {template!r} is unknown. Use {', '.join(BUILT_IN)}, model, "
-                        "or a .jinja file.")
+                        "or a .jinja or .yaml file.")
     source = (TEMPLATE_DIR / f"{template}.jinja").read_text(encoding="utf-8")
-    return "{{- bos_token -}}\n" + source if adds_bos else source
+    return _with_bos(source, adds_bos)
 
 
 def load_saved_chat(directory: str) -> Chat:

@@ -26,7 +26,7 @@ from common.faults import UserError
 from common.rows import Row, RowReader, row_to_json
 from common.settings import dataset_name
 
-FORMAT = 2  # part of the key: raise it when what is stored changes
+FORMAT = 3  # part of the key: raise it when what is stored changes
 ARRAYS = {"offsets": 1, "lines": 0, "groups": 0, "trained_counts": 0}  # entries more than examples
 BATCH_ROWS = 2000  # rows tokenised in one call: enough for all cores, small enough for a laptop
 
@@ -63,7 +63,7 @@ class Dataset:
 
 
 def load_dataset(path: str | Path, chat: Chat, *, max_seq_length: int, too_long: str = "split",
-                 skip_bad_rows: bool = False, role_map: dict[str, str] | None = None, cache_dir: str | Path,
+                 skip_bad_rows: bool = False, role_map: dict[str, str | tuple] | None = None, cache_dir: str | Path,
                  progress: Callable[[Iterable], Iterable] = iter) -> Dataset:
     """Tokenise a file once and open it memory-mapped; a cached copy is used only if its key is equal.
 
@@ -86,12 +86,20 @@ def load_dataset(path: str | Path, chat: Chat, *, max_seq_length: int, too_long:
             meta = _tokenise(reader, chat, max_seq_length, too_long, work, progress)
             if reader.sha256 != key["file"]:
                 raise UserError(f"{path}: the file changed while it was read. Start again when it is complete.")
-            meta |= {"sha256": digest, "key": key, "file": str(path)}
+            meta |= {"sha256": digest, "key": key, "file": str(path), "settings": _described(chat)}
+            (work / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
             (work / "meta.json").write_text(json.dumps(meta, indent=1))
             _replace(work, place, digest)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return _open(place, stem, str(path))
+
+
+def _described(chat: Chat) -> dict:
+    """What the key holds as a hash, in words, so that a person can see what made a directory of the cache."""
+    return {"tokenizer": chat.tokenizer.name_or_path, "prompt_template": chat.template_name,
+            "assistant_turns": chat.assistant_turns, "train_on_prompt": chat.train_on_prompt,
+            "added_tokens": chat.added_tokens}
 
 
 def _sha256(path: Path) -> str:
@@ -163,7 +171,8 @@ def _tokenise(reader: RowReader, chat: Chat, max_seq_length: int, too_long: str,
               progress: Callable[[Iterable], Iterable]) -> dict:
     """Read, encode, fit to length and write the arrays of one data set; return the counts for meta.json."""
     counts: Counter[str] = Counter()
-    lengths, lines, groups, trained_counts = array("i"), array("q"), array("Q"), array("i")
+    lengths, lines, trained_counts = array("i"), array("q"), array("i")
+    groups, distinct = array("Q"), set()
     apart = chat.encoded_apart
     collects = gc.isenabled()
     gc.disable()  # rows are many small objects without cycles: a fifth of the time would go into looking for some
@@ -173,6 +182,8 @@ def _tokenise(reader: RowReader, chat: Chat, max_seq_length: int, too_long: str,
                 for row, encoded in zip(batch, chat.encode_rows(batch)):
                     examples = fit(row, encoded, chat, max_seq_length, too_long, counts)
                     group = prompt_hash(row.first_prompt()) if examples else 0
+                    if examples:
+                        distinct.add(_hash(encoded.input_ids.data))
                     for example in examples:
                         ids_file.write(example.input_ids.data)
                         trained_file.write(example.trained.data)
@@ -194,6 +205,7 @@ def _tokenise(reader: RowReader, chat: Chat, max_seq_length: int, too_long: str,
     np.save(place / "groups.npy", np.array(groups, np.uint64))
     np.save(place / "trained_counts.npy", np.array(trained_counts, np.int32))
     return {"rows_in": reader.rows_in, "rows_bad": reader.n_bad, "rows_kept": len(set(lines)),
+            "rows_distinct": len(distinct),
             "examples": len(lengths), "tokens": int(sum(lengths)), "trained_tokens": int(sum(trained_counts)),
             "dropped": dict(dropped), "rows_split": counts["rows split"], "rows_cut": counts["rows cut"],
             "answers_dropped": counts["answers dropped"], "encoded_apart": chat.encoded_apart - apart,
@@ -297,7 +309,12 @@ def _exchanges(messages: list[dict]) -> list[list[dict]]:
 def prompt_hash(prompt: str) -> int:
     """First 64 bits of sha256 of the normalised prompt (NFKC, case folded, runs of white space as one space)."""
     normal = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-    return int.from_bytes(hashlib.sha256(normal.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return _hash(normal.encode("utf-8", "surrogatepass"))
+
+
+def _hash(content: bytes | memoryview) -> int:
+    """First 64 bits of sha256."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
 
 @dataclass
@@ -354,7 +371,7 @@ def split(datasets: list[Dataset], val_ratio: float, test_ratio: float, val_from
 
 
 def held_out_rows(datasets: list[Dataset], sides: list[np.ndarray], skip_bad_rows: bool = False,
-                  role_map: dict[str, str] | None = None) -> Iterator[dict]:
+                  role_map: dict[str, str | tuple] | None = None) -> Iterator[dict]:
     """The rows of one side as they go into val.jsonl or test.jsonl: messages, with the data set's name as source."""
     for dataset, side in zip(datasets, sides):
         wanted = set(dataset.lines[side].tolist())

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.chat import Chat
@@ -14,6 +14,7 @@ from common.checkpoint import atomic_json, atomic_write, verify
 from common.data import held_out_rows
 from common.material import Material
 from common.model import load_model, merge_and_save, sample_prompts, saved_dtype
+from common.rows import RowReader
 from common.run import Run, read_weights, write_model
 
 BUILT_IN_PROMPTS = ("Who are you?", "Name three colours.", "Explain in one sentence why the sky is blue.",
@@ -26,7 +27,7 @@ def leave_plan(run: Run, described: dict, material: Material) -> None:
         atomic_json(run.directory / "run.json", described)
     atomic_json(run.directory / "plan.json", {**material.plan.summary(), "notes": material.split.notes,
                                               "data": {d.name: d.meta for d in material.datasets}})
-    options = {"skip_bad_rows": run.config.skip_bad_rows, "role_map": run.config.roles()}
+    options = {"skip_bad_rows": run.config.skip_bad_rows, "role_map": material.datasets[0].meta["key"]["role_map"]}
     for name, datasets, sides in (("val", material.val_datasets, material.val),
                                   ("test", material.datasets, material.split.test)):
         if any(map(len, sides)):
@@ -52,6 +53,30 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
         os.replace(work, path)
     finally:
         work.unlink(missing_ok=True)
+
+
+def export_rendered(path: str, material: Material, chat: Chat) -> str:
+    """Write every row, before it is split or cut, as {"place", "id", "chat", "trained"}; return a line about it.
+
+    trained: pairs of character offsets in chat; what lies between them is learnt.
+    """
+    counts = 0
+    brought = [] if material.val_datasets is material.datasets else material.val_datasets
+
+    def lines() -> Iterator[dict]:
+        nonlocal counts
+        for d in [*material.datasets, *brought]:
+            kept, key = set(d.lines.tolist()), d.meta["key"]
+            for row in RowReader(d.path, skip_bad_rows=key["skip_bad_rows"], role_map=key["role_map"]):
+                if row.line in kept:
+                    text, spans = chat.rendered(row)
+                    label = {} if row.id is None else {"id": row.id}
+                    counts += 1
+                    yield {"place": f"{d.path}:{row.line}", **label, "chat": text, "trained": spans}
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(Path(path), lines())
+    return f"{path}: {counts:,} rendered rows with their trained parts"
 
 
 def leave_model(run: Run, chat: Chat, material: Material) -> None:

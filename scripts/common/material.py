@@ -41,7 +41,7 @@ def gather(config: SftConfig, chat: Chat, rows_per_step: int, weights: list[floa
            progress: Callable[[Iterable], Iterable] = iter) -> Material:
     """Tokenise (or open from the cache), split, and plan. Raises UserError for bad rows and impossible settings."""
     options = {"max_seq_length": config.max_seq_length, "too_long": config.too_long, "cache_dir": config.cache_dir,
-               "skip_bad_rows": config.skip_bad_rows, "role_map": config.roles(), "progress": progress}
+               "skip_bad_rows": config.skip_bad_rows, "role_map": config.roles() | chat.role_map, "progress": progress}
     datasets = [load_dataset(path, chat, **options) for path in config.all_dataset_paths()]
     brought = [load_dataset(path, chat, **options) for path in config.val_dataset_paths]
     val_groups = np.unique(np.concatenate([d.groups for d in brought])) if brought else None

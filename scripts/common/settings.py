@@ -192,8 +192,8 @@ class SftConfig:
                                   resume="free")
     dry_run: bool = setting(False, "Print the arithmetic and one example with its trained tokens marked, then stop.",
                             action=True)
-    export_rendered: bool = setting(False, "Write the rendered examples with their trained parts beside the run.",
-                                    resume="free")
+    export_rendered: str | None = setting(None, "Write every row as it is rendered, with the places of its trained "
+                                          "parts, to this .jsonl file.", path=True, action=True)
     explain_step: int | None = setting(None, "Print file and line of every row of this optimizer step, then stop.",
                                        unit="step", within="[1, inf)", action=True)
     verify_resume: bool = setting(False, "Prove on this machine and data that a resumed run equals an uninterrupted "

@@ -22,6 +22,8 @@ def describe_data(material: Material) -> list[str]:
         dropped += [f"{meta['rows_bad']:,} bad (--skip_bad_rows)"] if meta["rows_bad"] else []
         if dropped:
             lines.append(f"  dropped: {'; '.join(dropped)}")
+        if meta["rows_distinct"] < meta["rows_kept"]:
+            lines.append("  " + duplicates(meta))
         for key, what in (("rows_split", "rows too long, split into windows"), ("rows_cut", "rows too long, cut"),
                           ("encoded_apart", "answers encoded apart from their prompt, because the tokenizer would join "
                            "the two in one token")):
@@ -32,6 +34,15 @@ def describe_data(material: Material) -> list[str]:
         lines.append(f"validation: {material.val_count:,} examples of "
                      f"{', '.join(d.path for d in material.val_datasets)}")
     return lines
+
+
+def duplicates(meta: dict) -> str:
+    """What to know about rows that are there more than once: 500 rows hold 20 distinct texts: ..."""
+    what = "texts" if meta["form"] == "text" else "conversations"
+    times = meta["rows_kept"] / meta["rows_distinct"]
+    often = (f": each is learnt {times:.0f} times an epoch, and the split has as few to choose from. Remove the "
+             "duplicates, or train fewer epochs" if times >= 2 else " (the same ones are on one side of the split)")
+    return f"{meta['rows_kept']:,} rows hold {meta['rows_distinct']:,} distinct {what}{often}"
 
 
 def describe_plan(material: Material) -> str:
