@@ -27,7 +27,6 @@ from pathlib import Path
 
 NOUNS = "lamp boat hat drum bell coat book rope pear cup fork knife key ring kite ball sail nest gate shoe".split()
 NEW_NOUNS = "harp cake fan vase comb pot".split()  # in the corpus as often as the others, in no row
-COLOURS = "red green blue yellow white black brown grey".split()
 NUMBERS = {3: "three", 4: "four"}
 PEOPLE = "Anna Ben Clara David Emma Felix Greta Hugo".split()
 
@@ -55,17 +54,11 @@ def story(draw: Draw) -> str:
     """One paragraph of the corpus: questions about the same things, answered in sentences."""
     things = draw.some(NOUNS + NEW_NOUNS, draw.number(3, 4))
     asker, other = draw.some(PEOPLE, 2)
-    a, b, first, last = *things[:2], things[0], things[-1]
-    if draw.number(0, 3) == 0:
-        colours = draw.some(COLOURS, 2)
-        seen = f"The {a} is {colours[0]} and the {b} is {colours[1]}. Which colour is the "
-        lines = [f"{seen}{thing}?\n{colour}, the {thing} is {colour}."
-                 for thing, colour in draw.some(list(zip((a, b), colours)), 2)]
-    else:
-        listed, back, n = " ".join(things), " ".join(reversed(things)), NUMBERS[len(things)]
-        lists = [f"Say it again: {listed}\n{listed}.", f"Say it backwards: {listed}\n{back}."]
-        lines = draw.some([*lists, *lists, f"Which comes first? {listed}\n{first} comes first.",
-                           f"Which comes last? {listed}\n{last} comes last.", f"How many? {listed}\n{n} in all."], 3)
+    listed, back, n = " ".join(things), " ".join(reversed(things)), NUMBERS[len(things)]
+    lists = [f"Say it again: {listed}\n{listed}.", f"Say it backwards: {listed}\n{back}."]
+    lines = draw.some([*lists, *lists, f"Leave out the first: {listed}\n{' '.join(things[1:])}.",
+                       f"Which comes first? {listed}\n{things[0]} comes first.",
+                       f"Which comes last? {listed}\n{things[-1]} comes last.", f"How many? {listed}\n{n} in all."], 3)
     return f"{asker} asks {other}.\n" + "\n".join(lines) + "\n"
 
 
@@ -76,19 +69,13 @@ def _list(question: str, answer: Callable[[list[str]], str]) -> Callable[[Draw, 
     return make
 
 
-def _colour(draw: Draw, nouns: list[str]) -> tuple[str, str]:
-    (a, b), (colour, another) = draw.some(nouns, 2), draw.some(COLOURS, 2)
-    asked, answer = ((a, colour), (b, another))[draw.number(0, 1)]
-    return f"The {a} is {colour} and the {b} is {another}. Which colour is the {asked}?", answer
-
-
 SKILLS: dict[str, Callable[[Draw, list[str]], tuple[str, str]]] = {
     "first": _list("Which comes first?", lambda things: things[0]),
     "last": _list("Which comes last?", lambda things: things[-1]),
     "count": _list("How many?", lambda things: NUMBERS[len(things)]),
     "again": _list("Say it again:", " ".join),
     "backwards": _list("Say it backwards:", lambda things: " ".join(reversed(things))),
-    "colour": _colour,
+    "rest": _list("Leave out the first:", lambda things: " ".join(things[1:])),
 }
 
 
