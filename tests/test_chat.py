@@ -368,6 +368,16 @@ def test_own_template_golden(llama3_like: str, qwen_like: str) -> None:
     assert "You are helpful." in qwen.tokenizer.decode(encoded.input_ids)
 
 
+def test_tools_reach_the_template(qwen_like: str, tmp_path: Path) -> None:
+    """A tools list that training leaves out and serving puts in."""
+    chat = load_chat(qwen_like, "model")
+    tools = [{"type": "function", "function": {"name": "look", "description": "ünï \"x\"", "parameters": {"a": [1]}}}]
+    one = row(("user", "a"), ("assistant", "b"), tools=tools)
+    ids = served(chat, tmp_path).apply_chat_template(plain(one.messages), tools=tools)["input_ids"]
+    assert chat.encode_rows([one])[0].input_ids.tolist() == ids
+    assert chat.encode_rows([row(("user", "a"), ("assistant", "b"))])[0].input_ids.tolist() != ids
+
+
 def test_generation_blocks_decide_what_is_trained(byte_level: str, tmp_path: Path) -> None:
     """Blocks around other things than contents, and around the last answer only."""
     source = ("{% for m in messages %}{% if m.role == 'assistant' and loop.last %}A{% generation %}"
