@@ -345,6 +345,8 @@ def test_the_branch_that_was_open_of_a_chatgpt_export(tmp_path):
     "change, finding",
     [
         ({"mapping": None}, '"mapping" is null'),
+        ({"mapping": {"a": {"parent": {}}}}, "has a node without parent and children"),
+        ({"current_node": ["a"]}, "names the node ['a']"),
         ({"current_node": "gone"}, "names the node 'gone', which is not in"),
         ({"mapping": {"a": {"parent": "b"}, "b": {"parent": "a"}}, "current_node": "a"}, "run in a circle"),
         ({"mapping": {"a": {"parent": "zz", "message": None}}, "current_node": "a"}, "are missing ('zz')"),
@@ -532,3 +534,32 @@ def test_all_leaves_private_logs_out():
     logs = {name for name, spec in shipped.items() if spec.form in ("gptme", "openai", "chatgpt")}
     assert logs == {"gptme", "openai", "chatgpt"} and not logs & set(prepare.ALL)
     assert Counter(Path(spec.output).stem for spec in shipped.values()).most_common(1)[0][1] == 1
+
+
+@pytest.mark.parametrize("line", [GITHUB, '{"role": "user", "content": "x"} ' + GITHUB, f'["{GITHUB}"]',
+                                  "{'role': " + GITHUB, '{"role": "user", "content": "' + GITHUB + '\\ud800"}', "\\" + GITHUB])
+def test_a_damaged_line_is_not_quoted(tmp_path, capsys, line):
+    """Guards against a finding that prints the first half of a key."""
+    bad = write_log(tmp_path / "logs", "x", TALK, [line, "{}"])
+    assert run("--dataset", "gptme", "--raw_dir", tmp_path / "logs", "--output_dir", tmp_path / "sft") == 2
+    shown = "".join(capsys.readouterr())
+    assert f"{bad}:7: " in shown and f"{bad}:8: " in shown and LETTERS[:6] not in shown
+
+
+def test_secrets_in_names(tmp_path, capsys):
+    """A conversation called after its first prompt; guards against a place in the manifest that is the secret."""
+    write_log(tmp_path / "logs", f"use-{GITHUB}", [*TALK[:2], ("assistant", f"{OPENAI} it is.")])
+    rows, manifest = prepared(tmp_path, "gptme", tmp_path / "logs")
+    shown = "".join(capsys.readouterr()) + json.dumps([rows, manifest | {"command": ""}])
+    assert LETTERS[:20] not in shown and rows[0]["id"] == "use-[REDACTED GitHub token]"
+    assert manifest["secrets"]["by_kind"] == {"GitHub token": 1, "OpenAI key": 1}
+
+
+def test_one_leading_turn_in_every_window_of_a_log_without_user(tmp_path, spm_unigram):
+    """Several leading system turns, answers in a row and no user message: nothing is lost, nothing fails."""
+    turns = [("system", "A"), ("system", "B"), *(("assistant", f"{i} " + "river " * 20) for i in range(8))]
+    write_log(tmp_path / "logs", "x", turns)
+    sizes = ("--tokenizer_path", spm_unigram, "--max_seq_length", 128)
+    rows, manifest = prepared(tmp_path, "gptme", tmp_path / "logs", *sizes)
+    assert len(rows) > 2 and all(turns_of(row)[:2] == turns[:2] for row in rows)
+    assert manifest["rows_kept"] == 8 and not any("first_prompt" in row for row in rows)

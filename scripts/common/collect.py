@@ -8,12 +8,15 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from common.chat import Chat
 from common.logs import Conversation, Filters, LogReader
 from common.redact import redact_all
 from common.rows import Row, row_to_json
 from common.windows import cut
+
+if TYPE_CHECKING:
+    from common.chat import Chat
 
 
 @dataclass
@@ -71,7 +74,8 @@ def collect_logs(reader: LogReader, source: str, filters: Filters, *, redact: bo
     if reader.damaged:
         result.rows_in += reader.damaged
         result.dropped["in a damaged log"] += reader.damaged
-    result.n_bad, result.hashes, result.changed = reader.n_bad, reader.hashes, reader.notes
+    result.n_bad, result.changed = reader.n_bad, reader.notes
+    result.hashes = redact_all(reader.hashes, []) if redact else reader.hashes
     result.more = {"conversations_in": n_talks, "conversations_kept": kept, "secrets": _report(places, redact)}
     return result
 
@@ -86,7 +90,7 @@ def _without_secrets(talk: Conversation) -> list[tuple[str, str]]:
     kinds = []
     talk.tools = redact_all(talk.tools, kinds)
     talk.id = redact_all(talk.id, kinds)
-    return found + [(f"{talk.places[0]} (tools or name)", kind) for kind in kinds]
+    return found + [(f"{talk.id} (tools or name)", kind) for kind in kinds]
 
 
 def _mark(talk: Conversation, dropped: Counter[str]) -> None:
@@ -109,7 +113,7 @@ def _report(places: list[tuple[str, str]], redact: bool) -> dict:
     """What was redacted: how many, of which kinds, and where; never what."""
     if not redact:
         return {"redacted": False}
-    counted = Counter(places)
+    counted = Counter((redact_all(place, []), kind) for place, kind in places)  # names of files, too, can hold a key
     return {"redacted": True, "found": len(places), "by_kind": dict(sorted(Counter(k for _, k in places).items())),
             "places": [{"place": place, "kind": kind, "count": n} for (place, kind), n in counted.items()]}
 

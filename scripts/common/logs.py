@@ -10,6 +10,7 @@ conversation that was open last. A damaged line is a finding with file and line,
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter
@@ -24,6 +25,7 @@ from common.rows import RowReader
 
 LOG_FORMS = ("gptme", "openai", "chatgpt")
 DATES = ("timestamp", "update_time", "updated_at", "create_time", "created_at", "created", "date")
+DAMAGED_TEXT = re.compile(r"""\((?:in )?['"].*['"]\)|(?<=: )'.*'(?= follows)""", re.S)
 HIDDEN = ("user_editable_context", "model_editable_context", "thoughts", "reasoning_recap", "app_pairing_content")
 
 
@@ -62,7 +64,7 @@ class Filters:
                 return "no date"
             if talk.when < datetime.combine(date.fromisoformat(self.since), datetime.min.time(), UTC).timestamp():
                 return f"before {self.since}"
-        if self.exclude is not None and any(re.search(self.exclude, m["content"]) for m in talk.messages):
+        if self.exclude is not None and any(re.search(self.exclude, text) for m in talk.messages for text in _texts(m)):
             return "excluded by the regular expression"
         return None
 
@@ -153,8 +155,8 @@ class LogReader:
         for number, line, record in records:
             place = f"{name}:{line}" if records.line_is_row else f"{name}:{line} conversation {number}"
             self.n_read += 1
-            if isinstance(record, Bad):
-                self._finding(f"{records.path}:{line}: {record}")
+            if isinstance(record, Bad):  # its quotation of the damaged text could be half a secret
+                self._finding(f"{records.path}:{line}: {DAMAGED_TEXT.sub('(…)', str(record))}")
             yield place, None if isinstance(record, Bad) else record
 
     # one method for each form
@@ -240,6 +242,8 @@ class LogReader:
             self.notes["hidden messages left out"] += 1
             return
         text, whole = _content_text(content)
+        if "\0" in text:
+            raise Bad("a NUL byte in a message. Remove it; the file may be damaged.")
         if not whole:
             self.notes["images and files that the log lacks"] += 1
             if talk.lost_after is None:
@@ -262,8 +266,9 @@ class LogReader:
 def _open_branch(record: dict) -> list[tuple[str, dict]]:
     """The messages from the root to `current_node` (or along the last children), with the ids of their nodes."""
     mapping, at = record.get("mapping"), record.get("current_node")
-    if not isinstance(mapping, dict) or not all(isinstance(node, dict) for node in mapping.values()):
-        finding = f"is {kind_of(mapping)}" if "mapping" in record else f"is missing (keys: {', '.join(record)})"
+    if not isinstance(mapping, dict) or not all(map(_is_node, mapping.values())):
+        finding = (f"is missing (keys: {', '.join(record)})" if "mapping" not in record else
+                   "has a node without parent and children" if isinstance(mapping, dict) else f"is {kind_of(mapping)}")
         raise Bad(f'"mapping" {finding}. It has to be an object of nodes, as in the export of ChatGPT.')
     if at is None:
         at = next((key for key, node in mapping.items() if node.get("parent") is None), None)
@@ -271,7 +276,7 @@ def _open_branch(record: dict) -> list[tuple[str, dict]]:
         while at is not None and at not in seen and mapping[at].get("children"):
             seen.add(at)
             at = next((c for c in reversed(mapping[at]["children"]) if c in mapping), None) or at
-    elif at not in mapping:
+    elif not isinstance(at, str) or at not in mapping:
         raise Bad(f'"current_node" names the node {at!r}, which is not in "mapping". Export the conversations again.')
     path: list[tuple[str, dict]] = []
     seen = set()
@@ -284,6 +289,18 @@ def _open_branch(record: dict) -> list[tuple[str, dict]]:
             path.append((at, mapping[at]["message"]))
         at = mapping[at].get("parent")
     return path[::-1]
+
+
+def _is_node(node: object) -> bool:
+    return (isinstance(node, dict) and isinstance(node.get("parent"), str | None)
+            and isinstance(node.get("children", []), list)
+            and all(isinstance(child, str) for child in node.get("children", [])))
+
+
+def _texts(message: dict) -> list[str]:
+    """The texts of a message: its content, and its calls of tools as JSON."""
+    calls = message.get("tool_calls")
+    return [message["content"], *([json.dumps(calls, ensure_ascii=False)] if calls else [])]
 
 
 def _content_text(content: dict) -> tuple[str, bool]:

@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from common.chat import Chat
 from common.rows import Row
+
+if TYPE_CHECKING:
+    from common.chat import Chat
 
 CONTEXT = 4  # a new window repeats at most 1/4 of its tokens; the rest is for turns that were not trained yet
 
@@ -41,34 +44,44 @@ def cut(messages: list[dict], tools: list | None, chat: Chat | None, size: int |
         return result
     lead = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     system, body = messages[:lead], messages[lead:]
+    exchanges = _exchanges(body)
 
     def length(start: int, end: int) -> int:
         return _length(system + body[start:end], tools, chat)
 
-    def close(start: int, new: int, end: int) -> None:
-        while end > new and not _trained(body[end - 1]):  # nothing is learnt from what follows the last answer
-            end -= 1
-        repeated = [{**m, "train": False} if m["role"] == "assistant" else m for m in body[start:new]]
-        answers = sum(map(_trained, body[new:end]))
-        if answers:
-            result.windows.append((system + repeated + body[new:end], answers))
-
-    too_long = ("the leading system turn leaves no room" if lead and _length(system, tools, chat) > size * 3 // 4 else
-                "a single turn too long")
-    current: tuple[int, int, int] | None = None  # first message, first new message, end of the window that grows
-    for first, end in _exchanges(body):
-        if current and length(current[0], end) <= size:
-            current = (current[0], current[1], end)
-            continue
-        if current:
-            close(*current)
+    alone = [length(*exchange) for exchange in exchanges]
+    # what every window has besides its turns: the leading system turn, BOS
+    common = alone[0] + alone[1] - length(0, exchanges[1][1]) if len(exchanges) > 1 else 0
+    i = 0
+    while i < len(exchanges):
+        first, end = exchanges[i]
         start = _begin(body, first, end, size, length)
-        current = None if start is None else (start, max(start, first), end)
+        i += 1
         if start is None:
-            result.dropped[too_long] += _trained(body[end - 1])
-    if current:
-        close(*current)
+            fits = lead and _length(body[max(first, end - 2):end], tools, chat) <= size
+            reason = "the leading system turn leaves no room" if fits else "a single turn too long"
+            result.dropped[reason] += _trained(body[end - 1])
+            continue
+        total, after = length(start, end), i
+        while after < len(exchanges) and total + alone[after] - common <= size:
+            total += alone[after] - common
+            after += 1
+        while after > i and length(start, exchanges[after - 1][1]) > size:  # the sum was an estimate
+            after -= 1
+        i = after
+        _close(result, system, body, start, max(start, first), exchanges[i - 1][1])
     return result
+
+
+def _close(result: Cut, system: list[dict], body: list[dict], start: int, new: int, end: int) -> None:
+    """Add the window body[start:end], in which what lies before `new` is context; without what follows its last
+    answer, and not at all if it has none."""
+    while end > new and not _trained(body[end - 1]):
+        end -= 1
+    answers = sum(map(_trained, body[new:end]))
+    if answers:
+        repeated = [{**m, "train": False} if m["role"] == "assistant" else m for m in body[start:new]]
+        result.windows.append((system + repeated + body[new:end], answers))
 
 
 def _begin(body: list[dict], first: int, end: int, size: int, length: Callable[[int, int], int]) -> int | None:
