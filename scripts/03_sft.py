@@ -143,12 +143,14 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
 
 def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
     """Do the steps of the plan from where the run is; evaluate, save and log when due."""
+    from common.overfit import divergence
+    from common.report import read_lines
     from common.run import held_out, log_progress, save_state, start_trackers
     from common.train import count_step, evaluate_loss, judge, train_step
 
     config, state, plan = run.config, run.state, material.plan
     rows = held_out(run, material)
-    trackers = start_trackers(run)
+    trackers, overfit = start_trackers(run), None
     with log_progress(run, plan.n_steps) as progress:
         while state.step < plan.n_steps and not state.stopped_early:
             begins = state.step in plan.stage_bounds[1:]
@@ -166,6 +168,8 @@ def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
                 better = judge(state, found["eval_loss"], config)
                 progress(state, None, {"step": state.step, **found})
                 trackers({"step": state.step, **found})
+                if run.main and not overfit and (overfit := divergence(read_lines(run.directory / "metrics.jsonl"))):
+                    run.say(f"note: {overfit}")
             asked = stop.asked(run.accelerator)
             if last or better or asked or state.stopped_early or state.step % config.save_steps == 0:
                 save_state(run, chat)

@@ -14,6 +14,8 @@ from common.checkpoint import atomic_json, atomic_write, verify
 from common.data import held_out_rows
 from common.material import Material
 from common.model import load_model, merge_and_save, sample_prompts, saved_dtype
+from common.overfit import divergence
+from common.report import read_lines
 from common.rows import RowReader
 from common.run import Run, read_weights, write_model
 
@@ -157,6 +159,8 @@ def model_card(run: Run, chat: Chat, material: Material, merged: dict | None) ->
               for s in plan["sources"]]
     loss = "" if state.best_loss is None else (
         f"Best validation loss {state.best_loss:.4f} nats a token, at step {state.best_step:,}. ")
+    note = divergence(read_lines(run.directory / "metrics.jsonl"))
+    loss += f"Note: {note}. " if note else ""
     library, cls = ("peft", "AutoPeftModelForCausalLM") if config.use_lora else ("transformers", "AutoModelForCausalLM")
     proof = "" if merged is None else (
         "`merged/` is the stand-alone model; its logits differ from the adapter's by at most "

@@ -132,16 +132,18 @@ def _from_pretrained(cls: type, path: str, revision: str | None, **options: obje
 
 
 def check_vocabulary(config: object, chat: Chat, model_path: str) -> None:
-    """Refuse a tokenizer of another model, before any weight is loaded."""
+    """Refuse a tokenizer of another model, before any weight is loaded; tokens that the model was given when it was
+    trained are not new to it, so they leave `chat.added_tokens`."""
     known = len(chat.tokenizer) - len(chat.added_tokens)
     rows = config.get_text_config().vocab_size
     if known > rows:
         raise UserError(f"{model_path}: the model knows {rows:,} token ids, the tokenizer {known:,}: it belongs to "
                         f"another "
                         "model. Give the model's own tokenizer with --tokenizer_path.")
-    beside = find_model(model_path).base
-    own = None
-    if any((Path(beside) / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    place = find_model(model_path)
+    beside = next((directory for directory in filter(None, (place.adapter, place.base)) for name in (
+        "tokenizer.json", "tokenizer.model") if (Path(directory) / name).exists()), None)
+    if beside:
         own = load_tokenizer(beside)[0].get_vocab()
         mine = {t: i for t, i in chat.tokenizer.get_vocab().items() if t not in chat.added_tokens}
         differ = [t for t, i in own.items() if mine.get(t, i) != i or (t not in mine and len(mine) >= len(own))]
@@ -149,6 +151,7 @@ def check_vocabulary(config: object, chat: Chat, model_path: str) -> None:
             raise UserError(f"{model_path}: its own tokenizer and the one given disagree on {len(differ):,} of "
                             f"{len(own):,} "
                             f"tokens (for example {differ[0]!r}). Give the tokenizer the model was trained with.")
+        chat.added_tokens = [token for token in chat.added_tokens if token not in own]
     elif rows - known > SPARE_ROWS:
         raise UserError(f"{model_path}: the model has {rows:,} token ids and the tokenizer only {known:,}: it belongs "
                         f"to "

@@ -20,6 +20,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import count
 
 import numpy as np
@@ -329,6 +330,27 @@ class Plan:
         last_row = int(self.step_bounds[step + 1]) - 1
         epoch = self.epochs[bisect_right(self.epochs, last_row, key=lambda epoch: epoch.first_row) - 1]
         return epoch.number + epoch.fraction * (last_row + 1 - epoch.first_row) / epoch.n_rows
+
+    def shares(self, step: int) -> dict[str, float]:
+        """The share of each data set of the step's stage in what the stage has drawn until the end of the step, in
+        weight_unit."""
+        stage = self.stage_of(step)
+        drawn = self._drawn_before[step + 1] - self._drawn_before[self.stage_bounds[stage]]
+        return {self.sources[i].name: float(drawn[i] / drawn.sum()) for i in self.stages[stage].sources}
+
+    @cached_property
+    def _drawn_before(self) -> np.ndarray:
+        """int64 (steps + 1, sources): what was drawn of each source before each step, in weight_unit."""
+        bounds, n = self.row_bounds[self.step_bounds], len(self.sources)
+        table = np.zeros((self.n_steps + 1, n), np.int64)
+        for chunk in range(0, len(self.draws), CHUNK):
+            draws = self.draws[chunk:chunk + CHUNK]
+            step = np.searchsorted(bounds, np.arange(chunk, chunk + len(draws)), side="right")  # one more than its step
+            source = np.searchsorted(self.starts, draws, side="right") - 1
+            weights = {"examples": None, "tokens": self.lengths, "trained_tokens": self.trained}[self.weight_unit]
+            table += np.bincount(step * n + source, None if weights is None else weights[draws],
+                                 table.size).astype(np.int64).reshape(table.shape)
+        return np.cumsum(table, axis=0)
 
     def fingerprint(self) -> str:
         """sha256 (hex) of everything that decides what is trained on in which order."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.checkpoint import atomic_write
+from common.overfit import divergence
 
 SHOWN = 200  # samples in a page; all of them are in samples.jsonl
 LONGEST = 2000  # characters of a text in a page
@@ -270,7 +271,8 @@ def training_report(run_dir: Path | str) -> None:
 def _run_sentence(plan: dict, run: dict, metrics: list[dict]) -> str:
     config = run.get("config", {})
     held = [(m["eval_loss"], m["step"]) for m in metrics if isinstance(m.get("eval_loss"), (int, float))]
-    said = [f"Base {text(config.get('model_path'))}, {'LoRA' if config.get('use_lora') else 'all weights'}, template "
+    base = config.get("init_from") or config.get("model_path")
+    said = [f"Base {text(base)}, {'LoRA' if config.get('use_lora') else 'all weights'}, template "
             f"{text(config.get('prompt_template'))}." if config else ""]
     if plan:
         said.append(f"{plan['steps']:,} steps planned, {plan['rows']:,} rows of up to {plan['max_seq_length']:,} "
@@ -279,6 +281,8 @@ def _run_sentence(plan: dict, run: dict, metrics: list[dict]) -> str:
     if held:
         said.append(f"Best validation loss {min(held)[0]:.4f} nats a token at step {min(held)[1]:,}, last "
                     f"{held[-1][0]:.4f}.")
+    if note := divergence(metrics):
+        said.append(f"{text(note[0].upper() + note[1:])}.")
     return f"<p>{' '.join(s for s in said if s)}</p>"
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from common.chat import Chat
 from common.checkpoint import TrainState, check_space, checkpoints, read_state, save_checkpoint
-from common.config import differences, to_dict
+from common.config import differences, level, to_dict
 from common.faults import UserError
 from common.loss import LossModel, choose_attention
 from common.material import Material, gather, recommended_weights
@@ -170,12 +170,14 @@ def load_run(run: Run, chat: Chat, material: Material) -> None:
     source = config.init_from or config.model_path
     run.export_dtype = saved_dtype(model_config(source, config.revision), None)
     adapter = find_model(source).adapter is not None
+    if adapter and config.use_lora:
+        run.say(*continued_adapter(config, find_model(source).adapter))
     # tokens are added to whole weights; a base whose embeddings grow is loaded in 4 bits afterwards
     grows = len(chat.tokenizer) > model_config(source, config.revision).get_text_config().vocab_size
     model = load_model(source, revision=config.revision, trainable_adapter=config.use_lora,
                        in_4bit=config.load_in_4bit and not grows)
     if adapter and not config.use_lora:
-        model = model.merge_and_unload()
+        model = model.merge_and_unload().requires_grad_(True)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     token_ids, grown = add_tokens(causal_lm, chat, config.seed)
     if token_ids:
@@ -217,6 +219,21 @@ def bytes_to_come(run: Run) -> int:
     return max(0, checkpoint * (config.save_total_limit + 2) - there) + exported + merged
 
 
+def continued_adapter(config: SftConfig, adapter: str) -> list[str]:
+    """A line about an adapter that training goes on with. Raises UserError for a flag that would change its form."""
+    found = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    theirs = {"lora_r": found["r"], "lora_alpha": found["lora_alpha"], "lora_dropout": found["lora_dropout"],
+              "use_rslora": found.get("use_rslora", False), "use_dora": found.get("use_dora", False)}
+    other = [f"--{name} {getattr(config, name)} (it has {value})" for name, value in theirs.items()
+             if level(config, name) == 2 and getattr(config, name) != value]
+    if other:
+        raise UserError(f"--init_from {adapter}: training goes on with its adapter, whose form cannot change: "
+                        f"{', '.join(other)}. Leave them out, or merge it with scripts/04_merge_lora.py and start from "
+                        "the merged model.")
+    return [f"goes on with the adapter of {adapter}: r {found['r']}, alpha {found['lora_alpha']:g}, dropout "
+            f"{found['lora_dropout']:g}"]
+
+
 def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], grown: bool) -> nn.Module:
     """Put LoRA on the model; a base whose embeddings grew is written once, so that the adapter loads on it plainly."""
     base = run.directory / "base"
@@ -230,7 +247,7 @@ def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], 
         model = load_model(str(base), in_4bit=run.config.load_in_4bit)
         set_special_ids(model, chat)
     model = add_lora(model, run.config, token_ids)
-    path = os.path.abspath(base) if grown else run.config.model_path
+    path = os.path.abspath(base) if grown else run.config.init_from or run.config.model_path
     model.peft_config["default"].base_model_name_or_path = os.path.abspath(path) if os.path.isdir(path) else path
     return model
 

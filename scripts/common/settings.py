@@ -61,7 +61,8 @@ class SftConfig:
         None, "SentencePiece .model, tokenizer directory or Hub id. Without it: the model's own.", path="hub")
     revision: str | None = setting(None, "Branch, tag or commit of a model from the Hub.")
     init_from: str | None = setting(
-        None, "Start from another run's adapter or weights, with a fresh optimizer and schedule.", path="hub")
+        None, "Start from another run's adapter or weights, with a fresh optimizer and schedule. It brings its base: "
+        "model_path is not needed then.", path="hub")
     attn_implementation: str = setting(
         "auto", "Attention. auto takes the fastest that keeps packed examples apart, and says which.",
         choices=("auto", "packed", "sdpa", "eager", "flash_attention_2"))
@@ -202,6 +203,7 @@ class SftConfig:
     def __post_init__(self) -> None:
         if self.learning_rate is None:
             self.learning_rate = LORA_RATE if self.use_lora else FULL_RATE
+        self.model_path = self.model_path or self.init_from or ""
 
     def settle(self) -> list[str]:
         """A weaker value that excludes a stronger one gives way; a line for each value of a file that did."""

@@ -170,7 +170,8 @@ def evaluate_loss(accelerator: Accelerator, loss_model: LossModel, datasets: lis
 
 def count_step(state: TrainState, result: StepResult, plan: Plan, last: bool, every: int) -> dict | None:
     """Book a step that was done; return a line for metrics.jsonl when one is due. Its loss is the token mean since the
-    line before; the sums are part of the state, so that a resumed run writes the same lines."""
+    line before, its shares are of what the stage has drawn so far; the sums are part of the state, so that a resumed
+    run writes the same lines."""
     epoch = plan.epoch_of(state.step)
     order = b"|".join(row.tobytes() for row in plan.step_rows(state.step))
     state.rows = hashlib.sha256(state.rows.encode() + order).hexdigest()
@@ -182,12 +183,15 @@ def count_step(state: TrainState, result: StepResult, plan: Plan, last: bool, ev
     for name, value in (("nats", result.loss * result.trained_tokens), ("tokens", result.tokens),
                         ("trained_tokens", result.trained_tokens), ("seconds", result.seconds)):
         sums[name] = sums.get(name, 0) + value
-    if not last and state.step % every:
+    ends_stage = state.step in plan.stage_bounds  # a line is of one stage, so that their losses can be told apart
+    if not (last or ends_stage) and state.step % every:
         return None
     line = {"step": state.step, "loss": sums["nats"] / sums["trained_tokens"], "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm, "tokens_per_second": round(sums["tokens"] / sums["seconds"], 1),
             "trained_tokens_per_second": round(sums["trained_tokens"] / sums["seconds"], 1), "epoch": round(epoch, 6),
             "stage": result.stage}
+    if len(plan.sources) > 1:
+        line |= {f"share/{name}": round(share, 6) for name, share in plan.shares(state.step - 1).items()}
     sums.clear()
     return line
 
