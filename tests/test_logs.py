@@ -537,7 +537,8 @@ def test_all_leaves_private_logs_out():
 
 
 @pytest.mark.parametrize("line", [GITHUB, '{"role": "user", "content": "x"} ' + GITHUB, f'["{GITHUB}"]',
-                                  "{'role': " + GITHUB, '{"role": "user", "content": "' + GITHUB + '\\ud800"}', "\\" + GITHUB])
+                                  '{"role": "user", "content": "' + GITHUB + '\\ud800"}', "{'role': " + GITHUB,
+                                  "\\" + GITHUB])
 def test_a_damaged_line_is_not_quoted(tmp_path, capsys, line):
     """Guards against a finding that prints the first half of a key."""
     bad = write_log(tmp_path / "logs", "x", TALK, [line, "{}"])
