@@ -102,6 +102,8 @@ class Config:
         for name, other in (("tokenizer_path", "max_seq_length"), ("max_seq_length", "tokenizer_path")):
             if getattr(self, name) is not None and getattr(self, other) is None:
                 found.append(f"--{name}: it needs --{other}; windows are measured in tokens.")
+        if self.lang != "en" and self.dataset and all(is_log(name) for name in self.dataset):
+            found.append("--lang: logs do not say their language, so it has no effect on them. Leave it out.")
         if self.prompt_template != "chatml" and self.tokenizer_path is None:
             found.append("--prompt_template: it needs --tokenizer_path and --max_seq_length; without, nothing is cut.")
         given = [name for name in ("tokenizer_path", "max_seq_length", *ONLY_OF_LOGS) if getattr(self, name)]

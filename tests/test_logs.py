@@ -505,6 +505,7 @@ def test_empty_files_are_counted(tmp_path):
         (["--dataset", "gptme", "--raw_dir", "EMPTY", "--prompt_template", "chat"], "--prompt_template: it needs"),
         (["--dataset", "gptme", "--raw_dir", "EMPTY", "--exclude", "("], "--exclude: '(' is no regular expression"),
         (["--dataset", "gptme", "--raw_dir", "EMPTY", "--since", "May"], "--since: 'May' is no date"),
+        (["--dataset", "gptme", "--raw_dir", "EMPTY", "--lang", "de"], "--lang: logs do not say their language"),
         (["--dataset", "dolly15k", "--raw_dir", "EMPTY", "--no_redact"], "--no_redact: it has an effect on logs only"),
         (
             ["--dataset", "dolly15k", "--raw_dir", "EMPTY", "--min_turns", 2],
@@ -564,3 +565,14 @@ def test_one_leading_turn_in_every_window_of_a_log_without_user(tmp_path, spm_un
     rows, manifest = prepared(tmp_path, "gptme", tmp_path / "logs", *sizes)
     assert len(rows) > 2 and all(turns_of(row)[:2] == turns[:2] for row in rows)
     assert manifest["rows_kept"] == 8 and not any("first_prompt" in row for row in rows)
+
+
+def test_a_log_that_is_no_text_costs_itself_alone(tmp_path, capsys):
+    """UTF-16 and damaged gzip are findings about one file; guards against one file that stops a thousand."""
+    write_log(tmp_path / "logs", "good", TALK)
+    bad = write_log(tmp_path / "logs", "bad", TALK)
+    bad.write_bytes(bad.read_text().encode("utf-16"))
+    assert run("--dataset", "gptme", "--raw_dir", tmp_path / "logs", "--output_dir", tmp_path / "sft") == 2
+    assert f"{bad}:1: UTF-16" in capsys.readouterr().err
+    rows, manifest = prepared(tmp_path, "gptme", tmp_path / "logs", "--skip_bad_rows")
+    assert [row["id"] for row in rows] == ["good"] and manifest["rows_bad"] == 1
