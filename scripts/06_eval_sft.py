@@ -99,6 +99,10 @@ class EvalSet:
 
 def main(argv: list[str]) -> int:
     config = parse(EvalConfig, argv, __doc__, config_flag=None)
+    missing = [path for path in config.dataset_paths if not Path(path).is_file()]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: no such file. Check --dataset_paths, or make it with "
+                        "scripts/prepare_sft_datasets.py.")
 
     from common.model import quiet_libraries, tune_allocator
     from common.subject import find_baseline, find_subject, load_for, newest_run, open_chat, open_model
@@ -118,7 +122,7 @@ def main(argv: list[str]) -> int:
     if config.gen_only:
         return show_answers(config, model, chat, sets)
 
-    tuned = measure_all(config, model, chat, sets)
+    tuned = measure_all(config, model, chat, sets, "tuned")
     del model  # its memory is the baseline's
     other = find_baseline(subject, config.baseline_path, config.tokenizer_path, config.prompt_template, say)
     baseline = measure_baseline(config, other, sets, load_for) if other else None
@@ -172,8 +176,6 @@ def read_set(config: EvalConfig, path: str, roles: dict[str, str | tuple], taken
     from common.evaluate import make_case
     from common.rows import RowReader
 
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file. Check the path, or make it with scripts/prepare_sft_datasets.py.")
     reader = RowReader(path, skip_bad_rows=config.skip_bad_rows, role_map=roles)
     stem = dataset_name(path)
     name = stem if stem not in taken else f"{stem}-{len(taken) + 1}"
@@ -247,18 +249,20 @@ def options_of(config: EvalConfig) -> Options:
                    config.seed, bar)
 
 
-def measure_all(config: EvalConfig, model: nn.Module, chat: Chat, sets: list[EvalSet],
+def measure_all(config: EvalConfig, model: nn.Module, chat: Chat, sets: list[EvalSet], who: str,
                 plain: bool = False) -> list[Measured]:
-    """Measure a model on every set."""
+    """Measure a model on every set; `who` it is goes into the log."""
     from common.evaluate import measure
     from common.generate import context_limit
 
     context = context_limit(model.get_base_model() if hasattr(model, "get_base_model") else model)
     found = []
     for s in sets:
+        started = time.time()
         found.append(measure(model, chat, s.cases, options_of(config), plain=plain, context=context))
-        if found[-1].left_out and not plain:
-            say(f"{s.path}: {found[-1].left_out:,} rows longer than the model's {context:,} tokens have no loss")
+        longer = f"; {found[-1].left_out:,} rows longer than its {context:,} tokens have no loss" \
+            if found[-1].left_out else ""
+        say(f"{who}, {s.name}: {len(s.cases):,} rows in {time.time() - started:.0f} s{longer}")
     return found
 
 
@@ -277,8 +281,9 @@ def measure_baseline(config: EvalConfig, other: Baseline, sets: list[EvalSet],
         say(f"baseline: none, because it cannot be loaded. {fault}")
         return None
     say(f"baseline {other.path}: asked through the template and plainly, the better way counts")
-    template = measure_all(config, model, chat, sets)
-    plain = measure_all(config, model, load_chat(other.tokenizer_path, "raw"), sets, plain=True)
+    template = measure_all(config, model, chat, sets, "baseline through the template")
+    raw = load_chat(other.tokenizer_path, "raw")
+    plain = measure_all(config, model, raw, sets, "baseline in plain text", plain=True)
     return [better_of(a, b) for a, b in zip(template, plain)]
 
 
