@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,7 +139,8 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
                 note(status="stopped" if isinstance(fault, (Stopped, KeyboardInterrupt)) else "failed",
                      exit_status=exit_status(fault), reason=str(fault) or type(fault).__name__)
             raise fault from None
-        note(status="early_stopped" if run.state.stopped_early else "finished", exit_status=0, reason="")
+        note(status="early_stopped" if run.state.stopped_early else "finished", exit_status=0, reason="",
+             state=asdict(run.state))
 
 
 def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:

@@ -2,7 +2,9 @@
 second. A child has its own process group, signals and environment, and its output goes to a file."""
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -10,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -142,3 +145,113 @@ def _run(main: Callable[[list[str]], int], argv: list[str], patch: Callable[[], 
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A tiny base model without chat tokens, its tokenizer, two files of rows, and 03_sft.py to run on them."""
+
+    place: Path
+    base: str
+    tokenizer: str
+    rows: Path
+    more: Path
+
+    def argv(self, out: Path, *flags: object) -> list[str]:
+        """A command of 8 steps, 2 rows of 128 tokens each, that evaluates and saves every second step."""
+        given = {str(flag) for flag in flags}
+        defaults = {"--dataset_paths": self.rows, "--model_path": self.base, "--tokenizer_path": self.tokenizer,
+                    "--cache_dir": self.place / "cache", "--max_seq_length": 128, "--per_device_train_batch_size": 1,
+                    "--gradient_accumulation_steps": 2, "--max_steps": 8, "--save_steps": 2, "--eval_steps": 2,
+                    "--logging_steps": 1, "--report_to": "none", "--val_split_ratio": 0.05, "--learning_rate": 0.003}
+        if "--config_path" in given:
+            defaults = {k: v for k, v in defaults.items() if k not in ("--dataset_paths", "--max_steps")}
+        kept = [str(word) for name, value in defaults.items() if name not in given for word in (name, value)]
+        return [*kept, "--output_dir", str(out), *map(str, flags)]
+
+    def start(self, out: Path, *flags: object, ranks: int = 1, env: dict[str, str] | None = None,
+              patch: Callable[[], None] | None = None, report: bool = False) -> Child:
+        """Fork a run into `out`; its output goes to <out>.log."""
+        def changes() -> None:
+            if not report:  # plots take longer than the training here
+                import common.leave
+
+                common.leave.report = lambda run: None
+            if patch:
+                patch()
+
+        return fork_main(script("03_sft").main, self.argv(out, *flags), Path(f"{out}.log"), ranks=ranks, env=env,
+                         patch=changes)
+
+    def run(self, out: Path, *flags: object, **options: object) -> Child:
+        """The same, and wait for its end."""
+        child = self.start(out, *flags, **options)
+        child.wait()
+        return child
+
+
+@cache
+def script(name: str) -> ModuleType:
+    return load_script(name)
+
+
+def make_bench(place: Path) -> Bench:
+    """Train the tokenizer and make model and rows in an empty directory."""
+    import sentencepiece
+    from conftest import chat_rows, make_llama, train_spm, write_rows
+
+    tokenizer = str(train_spm(place / "unigram.model"))
+    size = sentencepiece.SentencePieceProcessor(model_file=tokenizer).get_piece_size()
+    base = make_llama(place / "base", size)
+    rows = chat_rows(90)
+    long = [{"prompt": f"{i} what is this?", "response": " ".join(row["response"] for row in chat_rows(2, i))}
+            for i in range(40)]
+    return Bench(place, base, tokenizer, write_rows(place / "rows.jsonl", rows), write_rows(place / "more.jsonl", long))
+
+
+def what_is_left(run_dir: Path) -> dict[str, object]:
+    """All of a finished run that must not depend on interruptions: weights and optimizer tensors by sha256, state and
+    metrics without times, held-out rows, how it ended."""
+    from common.checkpoint import numbered
+    from common.rundir import read_status
+    from common.verify import TIMES, tensors_of
+
+    newest = numbered(run_dir)[-1]
+    found: dict[str, object] = {"newest": newest.name, "status": read_status(run_dir)["status"]}
+    files = [*run_dir.glob("*.safetensors"), *run_dir.glob("base/*.safetensors"), *run_dir.glob("merged/*.safetensors"),
+             *newest.glob("*.safetensors"), run_dir / "val.jsonl"]
+    for file in sorted(files):
+        found[str(file.relative_to(run_dir))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for name, value in tensors_of(newest / "optimizer.pt"):
+        digest.update(name.encode() + (value.numpy().tobytes() if hasattr(value, "numpy") else repr(value).encode()))
+    found["optimizer"] = digest.hexdigest()
+    without_times = lambda entries: {k: v for k, v in entries.items() if k not in TIMES}
+    found["state"] = without_times(json.loads((newest / "trainer_state.json").read_text()))
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    found["metrics"] = [without_times(json.loads(line)) for line in lines]
+    return found
+
+
+def hold_at(step: int, action: Callable[[], None], place: str = "make_batch") -> Callable[[], None]:
+    """A patch: action() is called once in the middle of optimizer step `step` (from 1), when its batch is made."""
+    def patch() -> None:
+        import common.train as train
+
+        real_step, real_part, now, done = train.train_step, getattr(train, place), [0], []
+
+        def train_step(*args: object, **options: object) -> object:
+            now[0] = args[5] + 1
+            return real_step(*args, **options)
+
+        def part(*args: object, **options: object) -> object:
+            found = real_part(*args, **options)
+            if now[0] == step and not done:
+                done.append(1)
+                changed = action()
+                return found if changed is None else changed
+            return found
+
+        train.train_step = train_step
+        setattr(train, place, part)
+    return patch

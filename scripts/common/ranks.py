@@ -129,7 +129,8 @@ class Watch:
         end = time.monotonic() + GRACE_SECONDS
         while not (lost := gone(self.read(self.store), self.rank)) and time.monotonic() < end:
             time.sleep(0.1)
-        return RankLost(sentence(lost or behind(self.table), f"{fault}".splitlines()[0][:200]))
+        cause = re.sub(r"\[[^]]*\] *", "", f"{fault}".splitlines()[0]).rstrip(".")  # without the place in C++
+        return RankLost(sentence(lost or behind(self.table), cause[:200]))
 
     def look(self) -> None:
         """The thread: compare the notes again and again."""

@@ -299,8 +299,8 @@ def read_weights(run: Run, directory: Path) -> None:
 def restore(run: Run, directory: Path) -> None:
     """Go on from a checkpoint: weights, optimizer and state."""
     read_weights(run, directory)
-    run.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", map_location=run.accelerator.device,
-                                             weights_only=True))
+    # through the CPU: "cpu:0", the device of several processes without GPU, is no place that torch.load knows
+    run.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True))
     run.state = read_state(directory)
     run.say(f"resumed from {directory}: step {run.state.step:,}")
 

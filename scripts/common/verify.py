@@ -112,13 +112,21 @@ def compare(a: Path, b: Path) -> list[str]:
         problems += [f"{name} of run {run.name.upper()}: {found}" for run in (a, b) for found in verify(run / name)]
     problems += [f"{last}/{found}" for found in different_files(a / last, b / last)]
     problems += different_files(a, b)
+    # what the processes held in the end: what is lost on the way to the disk would be missing in both files
+    held = [(read_status(of) or {}).get("state", {}) for of in (a, b)]
+    problems += different_entries("state at the end", *held)
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b)]
-    lines = [[{k: v for k, v in line.items() if k not in TIMES} for line in of_run] for of_run in lines]
     if len(lines[0]) != len(lines[1]):
         problems.append(f"metrics.jsonl: {len(lines[0])} lines against {len(lines[1])}")
-    problems += [f"metrics.jsonl, step {x['step']}: {name} {x.get(name)} against {y.get(name)}"
-                 for x, y in zip(*lines) for name in sorted({*x, *y}) if x.get(name) != y.get(name)]
+    for x, y in zip(*lines):
+        problems += different_entries(f"metrics.jsonl, step {x['step']}", x, y)
     return problems
+
+
+def different_entries(place: str, x: dict, y: dict) -> list[str]:
+    """A sentence for each entry, but for times, that is not the same in both."""
+    return [f"{place}: {key} {x.get(key)} against {y.get(key)}"
+            for key in sorted({*x, *y} - {*TIMES}) if x.get(key) != y.get(key)]
 
 
 def different_files(a: Path, b: Path) -> list[str]:
@@ -130,9 +138,7 @@ def different_files(a: Path, b: Path) -> list[str]:
         if not ((a / name).exists() and (b / name).exists()):
             problems.append(f"{name}: only in run {'A' if (a / name).exists() else 'B'}")
         elif name.endswith("trainer_state.json"):
-            x, y = (json.loads((of / name).read_text()) for of in (a, b))
-            problems += [f"{name}: {key} {x.get(key)} against {y.get(key)}"
-                         for key in sorted({*x, *y} - {*TIMES}) if x.get(key) != y.get(key)]
+            problems += different_entries(name, *(json.loads((of / name).read_text()) for of in (a, b)))
         elif (a / name).read_bytes() != (b / name).read_bytes():
             problems += different_tensors(a / name, b / name) if not name.endswith(".jsonl") else [f"{name}: differs"]
     return problems
