@@ -69,7 +69,7 @@ def prompts(run: Path, chat: object) -> list[list[int]]:
     from common.rows import RowReader
 
     held_out = run / "val.jsonl"
-    rows = list(islice(RowReader(held_out), 4)) if held_out.is_file() else []
+    rows = list(islice(RowReader(held_out, mixed=True), 4)) if held_out.is_file() else []
     return sample_prompts(chat.encode_rows(rows)) or [chat.encode_texts(["The quick brown fox jumps over the lazy "
                                                                          "dog."])[0]]
 

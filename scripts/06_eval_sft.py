@@ -176,8 +176,8 @@ def read_set(config: EvalConfig, path: str, roles: dict[str, str | tuple], taken
     from common.evaluate import make_case
     from common.rows import RowReader
 
-    reader = RowReader(path, skip_bad_rows=config.skip_bad_rows, role_map=roles)
     stem = dataset_name(path)
+    reader = RowReader(path, skip_bad_rows=config.skip_bad_rows, role_map=roles, mixed=stem in ("val", "test"))
     name = stem if stem not in taken else f"{stem}-{len(taken) + 1}"
     rows = list(tqdm(reader, desc=f"reading {path}", unit=" rows", disable=None, leave=False))
     counts = {"rows_in": reader.rows_in, "bad": reader.n_bad, "dropped": dict(reader.dropped), "kept": reader.rows_kept}
@@ -196,10 +196,7 @@ def few_prompts(config: EvalConfig, sets: list[EvalSet]) -> list[EvalSet]:
     """A seeded choice of num_gen_samples rows of all sets together."""
     import numpy as np
 
-    asked = [(s, case) for s in sets for case in s.cases if case.context]
-    if not asked:
-        raise UserError(f"{', '.join(s.path for s in sets)}: plain text, which asks nothing. Give rows with prompts, "
-                        "or leave --gen_only out to measure the loss.")
+    asked = [(s, case) for s in sets for case in s.cases]
     chosen = sorted(np.random.default_rng([config.seed, 7]).permutation(len(asked))[:config.num_gen_samples])
     for s in sets:
         s.cases = [case for i in chosen for t, case in [asked[i]] if t is s]
@@ -293,7 +290,7 @@ def show_answers(config: EvalConfig, model: nn.Module, chat: Chat, sets: list[Ev
 
     lines = []
     for s in sets:
-        answers, texts = answer(model, chat, s.cases, options_of(config))
+        answers, texts = answer(model, chat, s.cases, options_of(config), continued=True)
         for case, one, text in zip(s.cases, answers, texts):
             lines.append({"dataset": s.name, "source": case.source, "prompt": case.prompt, "reference": case.reference,
                           "prediction": text, "stopped": one.stopped})

@@ -65,7 +65,7 @@ class Options:
 class Case:
     """A row as a question: the messages up to the last trained assistant turn, and that turn as the reference.
 
-    Plain text has no question: context is empty, and only its loss is measured.
+    Plain text has no question: context is empty, and its loss is measured; --gen_only lets its opening be continued.
     """
 
     row: Row
@@ -76,7 +76,7 @@ class Case:
     @property
     def prompt(self) -> str:
         """The last thing said before the answer; for plain text its beginning."""
-        return self.context[-1]["content"] or "" if self.context else (self.row.text or "")[:200]
+        return self.context[-1]["content"] or "" if self.context else opening(self.row.text or "")
 
 
 @dataclass
@@ -87,6 +87,12 @@ class Measured:
     answers: list[Generated | None]
     texts: list[str | None]
     left_out: int = 0  # rows too long for the model's context: no loss
+
+
+def opening(text: str, longest: int = 200) -> str:
+    """The first words of a text, for a model to go on with: a quarter of it, at most `longest` characters."""
+    most = min(longest, max(20, len(text) // 4))
+    return text[:most].rsplit(None, 1)[0] if len(text) > most and len(text[:most].split()) > 1 else text[:most]
 
 
 def make_case(row: Row, source: str) -> Case:
@@ -150,14 +156,17 @@ def score(model: nn.Module, examples: list[Encoded], pad_id: int, batch_size: in
     return losses, hits
 
 
-def answer(model: nn.Module, chat: Chat, cases: list[Case], options: Options, *,
-           plain: bool = False) -> tuple[list[Generated | None], list[str | None]]:
-    """The model's answer to every case that asks something, as ids and as text."""
+def answer(model: nn.Module, chat: Chat, cases: list[Case], options: Options, *, plain: bool = False,
+           continued: bool = False) -> tuple[list[Generated | None], list[str | None]]:
+    """The model's answer to every case that asks something, as ids and as text. continued: to plain text as well,
+    whose opening is the prompt."""
     if plain:
         prompts = [chat.text_prompt_ids("\n".join(m["content"] or "" for m in case.context)) for case in cases]
     else:
         prompts = [chat.prompt_ids(case.context, case.row.tools) if case.context else [] for case in cases]
-    asked = [i for i, prompt in enumerate(prompts) if prompt and cases[i].context]
+    if continued:
+        prompts = [p if case.context else chat.text_prompt_ids(case.prompt) for p, case in zip(prompts, cases)]
+    asked = [i for i, prompt in enumerate(prompts) if prompt and (cases[i].context or continued)]
     written = generate(model, [prompts[i] for i in asked], max_new_tokens=options.max_new_tokens,
                        stop_ids=chat.stop_ids, pad_id=chat.pad_id, vocab_size=len(chat.tokenizer),
                        temperature=options.temperature, top_p=options.top_p, seed=options.seed,

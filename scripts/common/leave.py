@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from common.chat import Chat
@@ -18,9 +19,6 @@ from common.overfit import divergence
 from common.report import read_lines
 from common.rows import RowReader
 from common.run import Run, read_weights, write_model
-
-BUILT_IN_PROMPTS = ("Who are you?", "Name three colours.", "Explain in one sentence why the sky is blue.",
-                    "Write a short poem about the sea.", "What is two plus two?")
 
 
 def leave_plan(run: Run, described: dict, material: Material) -> None:
@@ -123,26 +121,24 @@ def report(run: Run) -> None:
 
 
 def show_answers(run: Run, chat: Chat) -> None:
-    """Answer some validation prompts (or built-in ones), print them and write samples.jsonl."""
-    from common.evaluate import generate
-    from common.rows import RowReader
+    """Answer some validation prompts (or built-in ones), go on with plain texts, print it and write samples.jsonl."""
+    from common.evaluate import BUILT_IN_PROMPTS, Case, Options, answer, make_case
+    from common.rows import Row
 
-    config, path, asked = run.config, run.directory / "val.jsonl", []
-    for row in RowReader(path) if path.exists() else ():
-        last = max((i for i, m in enumerate(row.messages or []) if m["role"] == "assistant"), default=0)
-        if last and len(asked) < config.num_gen_samples:
-            asked.append((row.messages[:last], row.messages[last]["content"], row.source))
-    asked = asked or [([{"role": "user", "content": p}], None, None) for p in BUILT_IN_PROMPTS[:config.num_gen_samples]]
+    config, path = run.config, run.directory / "val.jsonl"
+    rows = islice(RowReader(path, mixed=True), config.num_gen_samples) if path.exists() else ()
+    cases = [make_case(row, row.source) for row in rows]
+    if not cases:
+        asked = [[{"role": "user", "content": p}] for p in BUILT_IN_PROMPTS[:config.num_gen_samples]]
+        cases = [Case(Row(i, turns), "built-in", turns, None) for i, turns in enumerate(asked, 1)]
     model = run.loss_model.causal_lm.eval()
     model.set_attn_implementation("sdpa")
-    answers = generate(model, [chat.prompt_ids(messages) for messages, _, _ in asked], stop_ids=chat.stop_ids,
-                       max_new_tokens=config.max_new_tokens, pad_id=chat.pad_id, vocab_size=len(chat.tokenizer))
+    answers, texts = answer(model, chat, cases, Options(max_new_tokens=config.max_new_tokens), continued=True)
     lines = []
-    for (messages, reference, source), answer in zip(asked, answers):
-        text = chat.decode(answer.ids)
-        lines.append({"prompt": messages[-1]["content"], "reference": reference, "prediction": text,
-                      "stopped": answer.stopped, "source": source})
-        run.say(f"> {messages[-1]['content']}", f"{text}{'' if answer.stopped else ' … (cut)'}", "")
+    for case, one, text in zip(cases, answers, texts):
+        lines.append({"prompt": case.prompt, "reference": case.reference, "prediction": text, "stopped": one.stopped,
+                      "source": case.source})
+        run.say(f"> {case.prompt}", f"{text}{'' if one.stopped else ' … (cut)'}", "")
     write_jsonl(run.directory / "samples.jsonl", lines)
 
 

@@ -86,7 +86,8 @@ class RowReader:
     columns: our key -> the file's key, e.g. {"input": "context", "output": "response"}.
     role_map: further role names -> role, or (role, what the template calls the speaker).
     edit: sees every readable object under our keys; may change it, or give a reason to drop it.
-    form: read the rows in this form, even if keys of an earlier one are there.
+    form: read the rows in this form, even if keys of an earlier one are there. mixed: rows of several forms may meet,
+    as in the val.jsonl of a run over several files.
     rows_in, rows_kept; bad: the first 20 findings "file:line: reason"; n_bad; dropped: reason -> rows; notes: what was
     kept but changed -> count; sha256 of the file; form.
     Raises UserError at the end if rows are bad, unless skip_bad_rows; at once if the file as a whole cannot be read.
@@ -94,14 +95,14 @@ class RowReader:
 
     def __init__(self, path: str | Path, *, skip_bad_rows: bool = False, role_map: dict[str, str | tuple] | None = None,
                  columns: dict[str, str] | None = None, edit: Callable[[dict], str | None] | None = None,
-                 form: str | None = None):
+                 form: str | None = None, mixed: bool = False):
         given = {name: role if isinstance(role, str) else role[0] for name, role in (role_map or {}).items()}
         for name, role in given.items():
             if role not in ROLES:
                 raise UserError(f'role map: "{name}" is mapped to "{role}", which is no role. '
                                 f'Roles: {", ".join(ROLES)}.')
         self.path, self.skip_bad_rows, self.columns = Path(path), skip_bad_rows, columns or {}
-        self.edit, self.asked_form = edit, form
+        self.edit, self.asked_form, self.mixed = edit, form, mixed
         self.roles = {r: r for r in ROLES} | ROLE_MAP | given
         self.speakers = {name: role[1] for name, role in (role_map or {}).items() if not isinstance(role, str)}
         self._start()
@@ -175,7 +176,7 @@ class RowReader:
         form = self.asked_form or _form_of(record)
         if form is None:
             raise Bad(f"no known form (keys: {', '.join(record) or 'none'}). {WAY_OUT['prompt']}")
-        if self.form is not None and form != self.form:
+        if self.form is not None and form != self.form and not self.mixed:
             raise Bad(f"two forms in a file: this row is of the form {form}, the file began with {self.form} "
                       f"(row {self._form_line}). Put the rows in two files.")
         if form == "text":
