@@ -196,7 +196,10 @@ def few_prompts(config: EvalConfig, sets: list[EvalSet]) -> list[EvalSet]:
     """A seeded choice of num_gen_samples rows of all sets together."""
     import numpy as np
 
-    asked = [(s, case) for s in sets for case in s.cases]
+    asked = [(s, case) for s in sets for case in s.cases if case.asks(continued=True)]
+    if not asked:
+        raise UserError(f"{', '.join(s.path for s in sets)}: no row asks anything. Give rows with a prompt before the "
+                        "answer, or plain text.")
     chosen = sorted(np.random.default_rng([config.seed, 7]).permutation(len(asked))[:config.num_gen_samples])
     for s in sets:
         s.cases = [case for i in chosen for t, case in [asked[i]] if t is s]

@@ -73,6 +73,10 @@ class Case:
     context: list[dict]
     reference: str | None
 
+    def asks(self, continued: bool) -> bool:
+        """Whether a model can answer it; plain text counts where it is to be continued."""
+        return bool(self.context) or (continued and self.row.messages is None)
+
     @property
     def prompt(self) -> str:
         """The last thing said before the answer; for plain text its beginning."""
@@ -165,8 +169,8 @@ def answer(model: nn.Module, chat: Chat, cases: list[Case], options: Options, *,
     else:
         prompts = [chat.prompt_ids(case.context, case.row.tools) if case.context else [] for case in cases]
     if continued:
-        prompts = [p if case.context else chat.text_prompt_ids(case.prompt) for p, case in zip(prompts, cases)]
-    asked = [i for i, prompt in enumerate(prompts) if prompt and (cases[i].context or continued)]
+        prompts = [chat.text_prompt_ids(c.prompt) if c.row.messages is None else p for p, c in zip(prompts, cases)]
+    asked = [i for i, prompt in enumerate(prompts) if prompt and cases[i].asks(continued)]
     written = generate(model, [prompts[i] for i in asked], max_new_tokens=options.max_new_tokens,
                        stop_ids=chat.stop_ids, pad_id=chat.pad_id, vocab_size=len(chat.tokenizer),
                        temperature=options.temperature, top_p=options.top_p, seed=options.seed,

@@ -126,8 +126,8 @@ def show_answers(run: Run, chat: Chat) -> None:
     from common.rows import Row
 
     config, path = run.config, run.directory / "val.jsonl"
-    rows = islice(RowReader(path, mixed=True), config.num_gen_samples) if path.exists() else ()
-    cases = [make_case(row, row.source) for row in rows]
+    rows = (make_case(row, row.source) for row in (RowReader(path, mixed=True) if path.exists() else ()))
+    cases = list(islice((case for case in rows if case.asks(continued=True)), config.num_gen_samples))
     if not cases:
         asked = [[{"role": "user", "content": p}] for p in BUILT_IN_PROMPTS[:config.num_gen_samples]]
         cases = [Case(Row(i, turns), "built-in", turns, None) for i, turns in enumerate(asked, 1)]
