@@ -11,7 +11,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def shortened(command: str) -> Command:
     elif script == "02_pretrain":
         found.replace("--max_steps", "3")
         found.argv += ["--batch_size", "2", "--sequence_length", "32"]
-    elif script == "prepare_sft_datasets":
+    elif script == "prepare_sft_datasets" and "--raw_dir" not in argv:
         found.argv += ["--raw_dir", "raw"]
     elif script == "03_sft" and "--dry_run" not in argv:
         found.argv += SHORT
@@ -98,6 +97,8 @@ class Project:
         jsonl(place / "raw" / "databricks-dolly-15k.jsonl", DOLLY + dolly)
         (place / "raw" / "alpaca_data.json").write_text(json.dumps(ALPACA + alpaca))
         jsonl(place / "raw" / "oasst1.messages.jsonl.gz", MESSAGES)
+        write_rows(place / "my_logs" / "log.jsonl", [{"messages": [
+            {"role": "user", "content": "hello"}, {"role": "assistant", "content": "the key is sk-" + "a1B2" * 8}]}])
         for seed, name in enumerate(("mixed_dataset", "high_quality_dataset", "eval_dataset"), 3):
             write_rows(place / "data" / "sft" / f"{name}.jsonl", chat_rows(40 if seed < 5 else 6, seed))
 
@@ -129,8 +130,15 @@ class Project:
         launcher = [word for word in words[:at] if "=" not in word]
         launcher[0] = str(Path(sys.executable).parent / launcher[0])
         found = subprocess.run([*launcher, words[at], *command.argv], cwd=self.place, env={**ENVIRONMENT, **variables},
-                               capture_output=True, text=True, timeout=120)
+                               capture_output=True, text=True, timeout=600,
+                               preexec_fn=on_one_core if command.processes == 1 else None)
         return Ran(found.returncode, found.stdout, found.stderr)
+
+
+def on_one_core() -> None:
+    """Small tensors on all cores of a busy machine wait for each other most of the time."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +158,7 @@ def test_readme_has_every_example():
     """Guards against a README without commands that people know, and against a test that found none."""
     found = [shortened(command) for command in COMMANDS]
     count = lambda script: sum(command.script == script for command in found)
-    assert count("01_train_tokenizer") == 1 and count("02_pretrain") == 2 and count("prepare_sft_datasets") == 4
+    assert count("01_train_tokenizer") == 1 and count("02_pretrain") == 2 and count("prepare_sft_datasets") == 5
     assert count("03_sft") == 8 and count("04_merge_lora") == 2 and count("06_eval_sft") == 4
     runs = {Path(command.value("--output_dir")).name for command in found
             if command.script == "03_sft" and command.value("--output_dir")}
@@ -167,6 +175,12 @@ def test_readme_command(project, index):
         assert not output.exists()
     elif command.script == "03_sft":
         check_run(output, command, ran)
+    elif command.script == "prepare_sft_datasets":
+        wanted = {"all": ["dolly15k", "oasst1_en", "alpaca"], "oasst1": ["oasst1_en"]}
+        for name in wanted.get(command.value("--dataset"), [command.value("--dataset")]):
+            manifest = read_json(project.place / "data" / "sft" / f"{name}.manifest.json")
+            rows = (project.place / "data" / "sft" / f"{name}.jsonl").read_text().splitlines()
+            assert manifest["rows_in"] == len(rows) + sum(manifest["rows_dropped"].values()) and rows
     elif command.script == "04_merge_lora":
         merged = output if command.value("--output_dir") else project.place / command.value("--model_path") / "merged"
         assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "config.json"} <= set(os.listdir(merged))
@@ -221,15 +235,12 @@ def test_help_is_fast(name):
             "except SystemExit as end: status = end.code\n"
             "print('HEAVY', [m for m in ('torch', 'transformers', 'peft', 'datasets', 'matplotlib') "
             "if m in sys.modules], status or 0)")
-    times = []
-    for _ in range(3):  # the machine may be busy: the best of three counts
-        started = time.perf_counter()
-        found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-        times.append(time.perf_counter() - started)
-        assert found.stdout.endswith("HEAVY [] 0\n"), found.stdout[-300:] + found.stderr[-2000:]
-        if times[-1] < 0.5:
-            break
-    assert min(times) < 0.5 and "--" in found.stdout
+    before = os.times()
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    after = os.times()
+    assert found.stdout.endswith("HEAVY [] 0\n"), found.stdout[-300:] + found.stderr[-2000:]
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < 0.5 and "--" in found.stdout  # seconds of a core, so that a busy machine does not count
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ RESUMES = {
 def test_resume_is_exact(train, tmp_path, monkeypatch, flags):
     """Guards against a resumed run that is another run: stopped twice, in the middle of an epoch and of a log line, it
     leaves the same weights, optimizer, state and metrics as the uninterrupted one."""
-    flags = {"max_steps": 11, "max_seq_length": 48, **flags}  # an epoch is 3 to 6 steps
+    flags = {"max_steps": 11, "max_seq_length": 48, **flags}  # an epoch is about 6 steps
     train(tmp_path / "a", **flags).ok()
     stop_at(monkeypatch, [1, 4])
     for _ in range(2):
