@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -128,6 +129,9 @@ def _run(main: Callable[[list[str]], int], argv: list[str], patch: Callable[[], 
 
     from common.faults import run_main
 
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is shared by all children: one that is killed would never give it back
     if "torch" in sys.modules:
         import torch
         from accelerate.state import AcceleratorState, GradientState, PartialState

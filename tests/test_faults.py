@@ -16,7 +16,7 @@
 | 12 | bad files | test_a_bad_row_writes_nothing; test_rows: the 32 kinds |
 | 13 | a prompt on two sides | test_data: test_split_is_a_partition, test_split_stays_when_rows_are_added |
 | 14 | control strings in text | test_chat: test_control_strings_in_text_stay_text, test_hostile_text_comes_back... |
-| 15 | hostile files | test_a_pickle_bomb_does_not_run; test_model: test_pickled_weights...; test_chat: hostile templates |
+| 15 | hostile files | test_a_pickle_bomb_does_not_run; test_model: test_pickled_weights...; test_chat: templates |
 | 16 | two runs, changed runs | test_two_runs..., test_a_changed_run_is_refused, test_what_may_change; test_rundir |
 | 17 | any number of processes | test_processes_do_the_same_rows; test_plan: test_all_ranks_together... |
 | 18 | a dead or hung rank | test_a_dead_rank_is_named, test_a_hung_rank_is_named, test_a_failed_rank_is_quoted |
