@@ -48,12 +48,13 @@ def logits(path: Path) -> torch.Tensor:
 @pytest.mark.parametrize("source, how", [("lora", "use_lora"), ("lora", "no_lora"), ("full", "no_lora"),
                                          ("full", "use_lora"), ("merged", "use_lora")])
 @pytest.mark.parametrize("tokenizer", ["its own", "bare"])
-def test_start_is_where_the_other_run_ended(train, runs, tmp_path, spm_unigram, source, how, tokenizer):
+def test_start_is_where_the_other_run_ended(train, runs, tmp_path, spm_unigram, tiny_model, source, how, tokenizer):
     """Guards against a start from the base, against an adapter that is lost when all weights are trained, and against
     rows of chat tokens that are set anew although they were trained (a bare .model does not know them)."""
-    given = ["--tokenizer_path", spm_unigram] if tokenizer == "bare" else []
+    given = ["--tokenizer_path", spm_unigram, "--model_path", tiny_model] if tokenizer == "bare" else []
     ran = train(tmp_path / "run", "--init_from", runs[source], f"--{how}", *STILL, *given).ok()
     assert "new tokens" not in ran.out
+    assert ("--model_path is not used: --init_from brings its model" in ran.out) == (tokenizer == "bare")
     assert ("goes on with the adapter" in ran.out) == (source == "lora" and how == "use_lora")
     torch.testing.assert_close(logits(tmp_path / "run"), logits(runs[source]), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "run" / "adapter_config.json").exists() == (how == "use_lora")

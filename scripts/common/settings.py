@@ -215,6 +215,8 @@ class SftConfig:
                     notes.append(f"{place(self, name)} gives way to {place(self, to)}")
                 setattr(self, name, value)
 
+        if self.init_from and self.model_path != self.init_from:
+            notes.append(f"{place(self, 'model_path')} is not used: {place(self, 'init_from')} brings its model")
         if level(self, "warmup_steps") != level(self, "warmup_ratio"):
             give_way("warmup_ratio", "warmup_steps", 0.0)
             give_way("warmup_steps", "warmup_ratio", 0)
