@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,12 +177,21 @@ def test_merge_script(overfit, tmp_path):
 
 # ---- resume
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
-    """Let a signal arrive at the end of each of these steps (counted in the steps done by this process)."""
-    from common.signals import StopFlag
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
+    """Let SIGTERM arrive at the end of each of these steps, once."""
+    import common.train
 
-    count = iter(range(1, 1000))
-    monkeypatch.setattr(StopFlag, "asked", lambda self, accelerator=None: "SIGTERM" if next(count) in steps else None)
+    train_step, left = common.train.train_step, list(steps)
+
+    def step_and_signal(*args: object, **options: object) -> object:
+        result = train_step(*args, **options)
+        step = next(arg for arg in args if type(arg) is int) + 1
+        if step in left:
+            left.remove(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(common.train, "train_step", step_and_signal)
 
 
 RESUMES = {
@@ -201,7 +211,7 @@ def test_resume_is_exact(train, tmp_path, monkeypatch, flags):
     leaves the same weights, optimizer, state and metrics as the uninterrupted one."""
     flags = {"max_steps": 11, "max_seq_length": 48, **flags}  # an epoch is about 6 steps
     train(tmp_path / "a", **flags).ok()
-    stop_at(monkeypatch, [1, 4])
+    stop_after(monkeypatch, [1, 4])
     for _ in range(2):
         ran = train(tmp_path / "b", resume_from_checkpoint=True, **flags)
         assert ran.status == 75 and "--resume_from_checkpoint" in ran.err, ran.err
@@ -245,10 +255,11 @@ def test_early_stopping_keeps_the_best(train, tmp_path):
 
 
 def test_time_limit(train, tmp_path):
-    """Guards against --max_minutes that loses what was done."""
+    """Guards against --max_minutes that trains on, or begins what it cannot go on with."""
     ran = train(tmp_path / "run", max_minutes=1e-6)
-    assert ran.status == 75 and "checkpoint-1 is saved" in ran.err
-    train(tmp_path / "run", resume_from_checkpoint=True).ok()
+    assert ran.status == 75 and "--max_minutes" in ran.err
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "run", max_minutes=60).ok()
 
 
 def test_init_from(train, tmp_path, overfit):
