@@ -127,9 +127,9 @@ def _become(log: Path, env: dict[str, str]) -> None:
 def _run(main: Callable[[list[str]], int], argv: list[str], patch: Callable[[], None] | None) -> int:
     import traceback
 
-    from common.faults import run_main
-
     from tqdm import tqdm
+
+    from common.faults import run_main
 
     tqdm.set_lock(threading.RLock())  # its own is shared by all children: one that is killed would never give it back
     if "torch" in sys.modules:
