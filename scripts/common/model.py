@@ -100,6 +100,12 @@ def load_model(path: str, *, dtype: torch.dtype | str = torch.float32, revision:
     place = find_model(path)
     options = {"quantization_config": _four_bits()} if in_4bit else {}
     model = _from_pretrained(AutoModelForCausalLM, place.base, revision, dtype=dtype, use_safetensors=True, **options)
+    if in_4bit:
+        for module in model.modules():
+            # bitsandbytes 0.50 packs a layer for inference at the first forward in eval mode on CPUs with AVX512-BF16,
+            # leaves it so in training, and its packed product has no backward: gradients would be wrong in silence
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if place.adapter is None:
         return model
     from peft import PeftModel
