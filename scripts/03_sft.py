@@ -117,7 +117,7 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
                 leave_plan(run, described, material)
             return opened, new
 
-        opened, new = on_main(run.accelerator, open_it)
+        opened, new = on_main(run.watch, open_it)
         note = lambda **entries: write_status(
             run.directory, step=run.state.step, total_steps=material.plan.n_steps, **entries) if run.main else None
         if opened.kind == "finished":

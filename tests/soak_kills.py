@@ -73,7 +73,13 @@ def kill_once(bench: Bench, case: Case, run: Path, chance: random.Random) -> Non
         time.sleep(0.005)
     whom = chance.choice([[0], [1], [0, 1]]) if case.ranks == 2 else [0]
     child.kill(ranks=whom)
-    child.wait(60)  # of two ranks the one that was not killed ends by itself
+    left = [rank for rank in range(case.ranks) if rank not in whom]
+    end = time.monotonic() + 20
+    while left and alive(child.pids[left[0]]) and time.monotonic() < end:
+        time.sleep(0.05)
+    if left and alive(child.pids[left[0]]):  # killed while they met: the launcher ends the other
+        child.kill(ranks=left)
+    child.wait(60)
     hit = any(child.codes[rank] == -signal.SIGKILL for rank in whom)
     case.kills += hit
     allowed = {0, -signal.SIGKILL, 70} if hit else {0}

@@ -106,14 +106,17 @@ CASES = {
     "stages, fresh optimizer in each": ("stages", "--reset_optimizer_per_stage"),
     "early stopping, sgd": ("--no_lora", "--optim", "sgd", "--early_stopping_patience", 2,
                             "--early_stopping_threshold", 5),
+    "bf16": ("--no_lora", "--warmup_steps", 2, "--weight_decay", 0.1),
     "adafactor": ("--no_lora", "--optim", "adafactor", "--logging_steps", 3),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_resumed_equals_uninterrupted(bench, reference, tmp_path, case):
+def test_resumed_equals_uninterrupted(bench, reference, tmp_path, monkeypatch, case):
     """Resume that restarts the data order, the optimizer, the dropout masks or the early-stopping counter."""
     flags = CASES[case]
+    if case == "bf16":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     if case == "two data sets":
         flags = ("--dataset_paths", bench.rows, bench.more, *flags)
     if flags[0] == "stages":

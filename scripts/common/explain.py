@@ -63,7 +63,8 @@ def example_losses(run: Run, model: LossModel, material: Material, rows: list[np
     """Mean loss over the trained tokens of each example of each row."""
     model.to(run.accelerator.device).eval()
     probe = sorted((e for row in rows for e in material.examples(row)), key=lambda e: len(e.input_ids))[:2]
-    choose_attention(model, probe, material.pad_id, run.config.attn_implementation, run.config.packing)
+    with run.accelerator.autocast():
+        choose_attention(model, probe, material.pad_id, run.config.attn_implementation, run.config.packing)
     found = []
     for row in rows:
         batch = make_batch([material.examples(row)], material.pad_id).to(run.accelerator.device)

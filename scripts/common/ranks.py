@@ -29,19 +29,24 @@ COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?ou
 GRACE_SECONDS = 5.0  # for a dead process's neighbours to notice by themselves, and for a failed one's last words
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def on_main(watch: Watch, work: Callable[[], T]) -> T:
     """The result of work() on the main process, for all (it is pickled). A fault of it ends all with its exit status;
-    the main process alone says why."""
-    if accelerator.num_processes == 1:
+    the main process alone says why. It may take any time."""
+    if watch.world == 1:
         return work()
     from accelerate.utils import broadcast_object_list
 
     result, fault = None, None
-    if accelerator.is_main_process:
+    watch.turns += 1
+    if watch.rank == 0:
         try:
             result = work()
         except Exception as found:
             fault = found
+        watch.store.set(f"main {watch.turns}", "done")
+    else:  # no collective call waits for the work: that would run into its time limit
+        while not watch.store.check([f"main {watch.turns}"]):
+            time.sleep(0.02)
     result, status = broadcast_object_list([result, None if fault is None else exit_status(fault)])
     if fault is not None:
         raise fault
@@ -63,7 +68,7 @@ class Watch:
         self.rank, self.world, self.seconds = accelerator.process_index, accelerator.num_processes, 60 * minutes
         self.directory: Path | None = None  # where run_status.json is, once this run has the directory
         self.done = threading.Event()
-        self.marks, self.place = 0, "start"
+        self.marks, self.place, self.turns = 0, "start", 0
         self.table: list[dict] = []
         if self.world > 1:
             from torch.distributed import PrefixStore
@@ -174,6 +179,8 @@ def gone(table: list[dict], but: int) -> list[str]:
 
 def behind(table: list[dict]) -> list[str]:
     """The processes that have come least far."""
+    if not table:
+        return ["another process ended while they started"]
     least, most = min(n["marks"] for n in table), max(n["marks"] for n in table)
     if least == most:
         return [f"all {len(table)} processes wait at {table[0]['place']}"]

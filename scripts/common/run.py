@@ -74,8 +74,9 @@ def start(config: SftConfig, argv: list[str]) -> Run:
     """Start the processes (or find them started); refuse a launch that left them apart."""
     from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-    # a day: one process tokenises while the others wait, and Watch is what ends a job that hangs
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+    # Watch ends a job that hangs and says where; the backend's own limit comes after it
+    limit = timedelta(minutes=config.rank_timeout_minutes + 5)
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if promised > 1 and accelerator.num_processes == 1:
         raise UserError(f"the launcher started {promised} processes, but each would train alone. On CPU set the "
@@ -104,7 +105,7 @@ def gather_material(run: Run, chat: Chat, base_config: object) -> Material:
     progress = lambda rows: run.watch.through(
         tqdm(rows, desc=f"reading {rows.path}", unit=" rows", disable=None, leave=False), f"reading {rows.path}")
     found = []
-    on_main(run.accelerator, lambda: found.append(gather(config, chat, rows_per_step(run), weights, progress)))
+    on_main(run.watch, lambda: found.append(gather(config, chat, rows_per_step(run), weights, progress)))
     return found[0] if found else gather(config, chat, rows_per_step(run), weights, progress)
 
 
@@ -198,8 +199,9 @@ def load_run(run: Run, chat: Chat, material: Material) -> None:
             f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}")
     probe = sorted((e for row in material.plan.step_rows(0) for e in material.examples(row)),
                    key=lambda e: len(e.input_ids))[:2]
-    run.say(*choose_attention(run.loss_model, probe, chat.pad_id, config.attn_implementation, config.packing))
-    on_main(accelerator, lambda: check_space(run.directory, bytes_to_come(run)))
+    with accelerator.autocast():
+        run.say(*choose_attention(run.loss_model, probe, chat.pad_id, config.attn_implementation, config.packing))
+    on_main(run.watch, lambda: check_space(run.directory, bytes_to_come(run)))
     optimizer = make_optimizer(run.loss_model, config)
     run.wrapped, run.optimizer = accelerator.prepare(run.loss_model, optimizer)
 
