@@ -50,7 +50,8 @@ class EvalConfig:
     tokenizer_path: str | None = setting(None, "Tokenizer of a model that brings none; beside a run, a check on its "
                                          "own.", path="hub")
     prompt_template: str | None = setting(None, "How prompts become text. Without it: the template saved with the "
-                                          "model.", words=TEMPLATES, suffixes=(".jinja",), path="hub")
+                                          "model.", words=TEMPLATES, suffixes=(".jinja", ".yaml", ".yml"),
+                                          path="hub")
     use_lora: bool = setting(True, "Evaluate an adapter on its base. --no_lora: the merged weights (merged/ where it "
                              "exists, a full model as it is, else the adapter merged in memory).", flag_off="no_lora")
     baseline_path: str | None = setting("auto", "Model to compare with. auto: the base the run names; none: no "
@@ -149,7 +150,7 @@ def read_sets(config: EvalConfig, subject: Subject) -> list[EvalSet]:
     if paths:
         sets: list[EvalSet] = []
         for path in paths:
-            sets.append(read_set(config, path, roles_of(subject), [s.name for s in sets]))
+            sets.append(read_set(config, path, roles_of(subject, config.prompt_template), [s.name for s in sets]))
         return sets
     if not config.gen_only:
         raise UserError(f"{subject.path}: it has no val.jsonl, so there are no rows to measure on. Name files with "
@@ -159,12 +160,15 @@ def read_sets(config: EvalConfig, subject: Subject) -> list[EvalSet]:
     return [EvalSet("built-in", "", [Case(Row(i, m), "built-in", m, None) for i, m in enumerate(asked, 1)])]
 
 
-def roles_of(subject: Subject) -> dict[str, str | tuple]:
-    """The run's names of roles, and those of the template file it was trained with."""
-    from common.template_file import facts
+def roles_of(subject: Subject, asked: str | None = None) -> dict[str, str | tuple]:
+    """The run's names of roles, and those of the template file that is asked for or that it was trained with."""
+    from common.template_file import facts, read_template_file, role_map
 
     template = Path(subject.path) / "chat_template.jinja"
-    found = facts(template.read_text(encoding="utf-8"))["roles"] if template.is_file() else {}
+    if asked and asked.endswith((".yaml", ".yml")):
+        found = role_map(read_template_file(asked))
+    else:
+        found = facts(template.read_text(encoding="utf-8"))["roles"] if template.is_file() else {}
     return dict(entry.split("=", 1) for entry in subject.settings.get("role_map", [])) | found
 
 

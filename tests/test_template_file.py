@@ -273,6 +273,9 @@ def test_train_and_evaluate(file, start, tmp_path):
     ran = run_script("06_eval_sft", "--model_path", tmp_path / "run", "--dataset_paths", tmp_path / "talks.jsonl",
                      "--max_eval_samples", "4", "--max_new_tokens", "3", "--baseline_path", "none").ok()
     assert "talks" in ran.out
+    ran = run_script("06_eval_sft", "--model_path", tmp_path / "run", "--gen_only", "--prompt_template", file(),
+                     "--dataset_paths", tmp_path / "talks.jsonl", "--max_new_tokens", "3").ok()
+    assert "template.yaml, as saved with the model" in ran.out
     held = [json.loads(line) for line in (tmp_path / "run" / "val.jsonl").read_text().splitlines()]
     assert {m["speaker"] for row in held for m in row["messages"]} == {"One", "Two", "Bot"}
     run_script("06_eval_sft", "--model_path", tmp_path / "run", "--gen_only", "--max_new_tokens", "3").ok()
@@ -281,7 +284,7 @@ def test_train_and_evaluate(file, start, tmp_path):
 def test_dry_run_fills_the_cache_and_exports(file, start, tmp_path):
     """Guards against weights that a dry run needs, and an export that says something else than the tokens."""
     (tmp_path / "model" / "model.safetensors").unlink()
-    start(file(), "--dry_run", "--export_rendered", tmp_path / "out" / "rendered.jsonl").ok()
+    ran = start(file(), "--dry_run", "--export_rendered", tmp_path / "out" / "rendered.jsonl").ok()
     lines = [json.loads(line) for line in (tmp_path / "out" / "rendered.jsonl").read_text().splitlines()]
     assert len(lines) == 30 and not (tmp_path / "run").exists()
     for i, (line, talk) in enumerate(zip(lines, conversations(30, 7)), 1):
@@ -289,6 +292,7 @@ def test_dry_run_fills_the_cache_and_exports(file, start, tmp_path):
         assert line["chat"] == re.sub("[$^]", "", as_described(talk))
         assert [line["chat"][a:b] for a, b in line["trained"]] == [m["content"] + "\n°" for m in talk[1::2]]
     (cached,) = (tmp_path / "cache").iterdir()
+    assert f"cached as {cached.name}" in ran.out
     assert cached.name == f"talks-{read_json(cached / 'meta.json')['sha256'][:7]}"
 
 
