@@ -185,7 +185,9 @@ def resume_command(run: Run) -> str:
     words = [word for word in run.argv if word != "--overwrite_output_dir"]
     words += [] if any(w.startswith("--resume_from_checkpoint") for w in words) else ["--resume_from_checkpoint"]
     precision = run.accelerator.mixed_precision
-    launcher = ["accelerate", "launch", "--mixed_precision", precision] if launched() else ["python"]
+    n = run.accelerator.num_processes
+    several = ["--multi_gpu", "--num_processes", str(n)] if n > 1 else []
+    launcher = ["accelerate", "launch", *several, "--mixed_precision", precision] if launched() else ["python"]
     return shlex.join([*launcher, "scripts/03_sft.py", *words])
 
 

@@ -128,7 +128,7 @@ class Watch:
 
     def named(self, fault: BaseException | None) -> BaseException | None:
         """RankLost in place of what a collective call raises when another process is gone; else the fault itself."""
-        if self.world == 1 or not isinstance(fault, RuntimeError) or not COLLECTIVE.search(str(fault)):
+        if self.world == 1 or not of_a_collective(fault):
             return fault
         self.done.set()
         end = time.monotonic() + GRACE_SECONDS
@@ -167,6 +167,13 @@ class Watch:
         if old.get("status") == "running":
             kept = {name: old[name] for name in ("step", "total_steps", "resume_command") if name in old}
             write_status(self.directory, **kept, status="failed", exit_status=RankLost.status, reason=reason)
+
+
+def of_a_collective(fault: BaseException | None) -> bool:
+    """Whether a call that several processes do together raised it (gloo has no class of its own for that)."""
+    from torch.distributed import DistError
+
+    return isinstance(fault, DistError) or (isinstance(fault, RuntimeError) and bool(COLLECTIVE.search(str(fault))))
 
 
 def gone(table: list[dict], but: int) -> list[str]:
