@@ -219,6 +219,8 @@ def test_losses_and_shares_of_each_stage(curriculum, whole, tmp_path):
     drawn = {source["name"]: source["share_examples"] for source in plan["stages"][1]["sources"]}
     assert {name: lines[1][f"share/{name}"] for name in drawn} == pytest.approx(drawn, abs=1e-6)
     assert abs(drawn["second"] - 0.75) < 0.1
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "<h2>Stages</h2>" in report and f">1 to {first}<" in report and f">{first + 1} to {STEPS}<" in report
     each = [line for line in metrics(whole) if "loss" in line]
     assert sum(line["stage"] == "one" for line in each) == first
 

@@ -385,7 +385,7 @@ def load_chat(tokenizer_path: str, template: str = "chatml", *, revision: str | 
         file = read_template_file(template)
         signs, notes = _signs(file, tokenizer)
         added = _add_special(tokenizer, list(signs.values()))
-        source = _with_bos(to_jinja(file, signs), adds_bos)
+        source = _with_bos(to_jinja(file, signs), adds_bos and "bos_token" not in file.template)
     else:
         added = _add_special(tokenizer, CHATML_TOKENS) if template == "chatml" else []
         source = _template_source(template, tokenizer, tokenizer_path, adds_bos)

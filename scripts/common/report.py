@@ -260,7 +260,7 @@ def training_report(run_dir: Path | str) -> None:
     place = Path(run_dir)
     plan, run = read_json(place / "plan.json"), read_json(place / "run.json")
     metrics = read_lines(place / "metrics.jsonl")
-    parts = [_run_sentence(plan, run, metrics), training_curves(metrics), *_plan_parts(plan),
+    parts = [_run_sentence(plan, run, metrics), training_curves(metrics), *_plan_parts(plan, metrics),
              *sample_cards(read_lines(place / "samples.jsonl"))]
     if run.get("config"):
         parts.append("<h2>Settings</h2><details><summary>all settings of the run</summary><pre class=\"settings\">"
@@ -286,16 +286,34 @@ def _run_sentence(plan: dict, run: dict, metrics: list[dict]) -> str:
     return f"<p>{' '.join(s for s in said if s)}</p>"
 
 
-def _plan_parts(plan: dict) -> list[str]:
-    """Data sets with shares asked and obtained; what was dropped and why."""
+def share(value: float | None) -> str:
+    """A part of 1; a dash where none was asked for."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _stage_rows(stage: dict, metrics: list[dict]) -> list[list[str]]:
+    """A line for each data set of a stage; the first one says what is the stage's own."""
+    losses = [m["loss"] for m in metrics if m.get("stage") == stage["name"] and "loss" in m]
+    own = [text(stage["name"]), f"{stage['first_step'] + 1:,} to {stage['end_step']:,}", f"{stage['epochs']:.2f}"]
+    fell = f"{losses[0]:.4f} to {losses[-1]:.4f}" if losses else "–"
+    return [[*(own if i == 0 else [""] * 3), text(s["name"]), f"{s['draws']:,}", f"{s['passes']:.2f}",
+             share(s["share_asked"]), share(s["share_examples"]), share(s["share_tokens"]), fell if i == 0 else ""]
+            for i, s in enumerate(stage["sources"])]
+
+
+def _plan_parts(plan: dict, metrics: list[dict]) -> list[str]:
+    """Data sets with shares asked and obtained, in all and by stage; what was dropped and why."""
     if not plan:
         return []
-    share = lambda value: "–" if value is None else f"{value:.4f}"
     rows = [[text(s["name"]), f"{s['examples']:,}", f"{s['draws']:,}", f"{s['passes']:.2f}", share(s["share_asked"]),
              share(s["share_examples"]), share(s["share_tokens"]), share(s["share_trained_tokens"])]
             for s in plan["sources"]]
     head = ["data set", "examples", "drawn", "passes", "share asked", "of examples", "of tokens", "of trained tokens"]
     parts = ["<h2>What was drawn</h2>", html_table(head, rows)]
+    if len(plan.get("stages", ())) > 1:
+        parts += ["<h2>Stages</h2>", html_table(
+            ["stage", "steps", "epochs", "data set", "drawn", "passes", "share asked", "of examples", "of tokens",
+             "training loss, first to last"], [row for stage in plan["stages"] for row in _stage_rows(stage, metrics)])]
     dropped = [[text(name), text(reason), f"{n:,}"] for name, meta in plan.get("data", {}).items()
                for reason, n in meta.get("dropped", {}).items() if n]
     if dropped:
