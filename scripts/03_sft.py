@@ -182,8 +182,10 @@ def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
 
 def resume_command(run: Run) -> str:
     """The command that continues this run."""
-    words = [word for word in run.argv if word != "--overwrite_output_dir"]
-    words += [] if any(w.startswith("--resume_from_checkpoint") for w in words) else ["--resume_from_checkpoint"]
+    # the newest checkpoint, also if this start went back to a named one
+    words = [word for before, word in zip(["", *run.argv], run.argv)
+             if not word.startswith(("--overwrite_output_dir", "--resume_from_checkpoint"))
+             and (word.startswith("--") or before != "--resume_from_checkpoint")] + ["--resume_from_checkpoint"]
     precision = run.accelerator.mixed_precision
     n = run.accelerator.num_processes
     several = ["--multi_gpu", "--num_processes", str(n)] if n > 1 else []

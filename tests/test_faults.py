@@ -20,7 +20,7 @@
 | 16 | two runs, changed runs | test_two_runs..., test_a_changed_run_is_refused, test_what_may_change; test_rundir |
 | 17 | any number of processes | test_processes_do_the_same_rows; test_plan: test_all_ranks_together... |
 | 18 | a dead or hung rank | test_a_dead_rank_is_named, test_a_hung_rank_is_named, test_a_failed_rank_is_quoted |
-| 19 | prepare interrupted | test_prepare: test_killed_while_writing..., test_a_second_run_gives_the_same_bytes |
+| 19 | prepare interrupted, twice | test_two_preparations_at_once; test_prepare: test_killed_while_writing... |
 | 20 | finished runs, rewinding | test_a_finished_run...; test_training: test_rewind..., test_early_stopping... |
 | 21 | evaluation | test_evaluation_does_not_depend_on_the_batch |
 | 22 | upgrades | test_golden_losses; test_plan: test_the_plan_is_the_same_everywhere; test_chat: test_golden_ids... |
@@ -33,6 +33,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,7 @@ from pathlib import Path
 
 import pytest
 from conftest import chat_rows, make_llama, write_rows
-from forks import SCRIPTS, Bench, Child, hold_at, make_bench, warm, what_is_left
+from forks import SCRIPTS, Bench, Child, fork_main, hold_at, make_bench, script, warm, what_is_left
 
 from common.checkpoint import checkpoints, numbered, seal, verify
 from common.faults import CheckFailed
@@ -261,6 +262,18 @@ def test_a_signal_in_a_step(bench, reference, tmp_path, number):
     ended(bench.run(tmp_path / "run", *LORA, RESUME), 0)
     left = what_is_left(tmp_path / "run")
     assert left == reference(*LORA)
+
+
+def test_the_resume_command_goes_on(bench, tmp_path):
+    """A run that was taken back to a checkpoint, then stopped, must not be taken back again."""
+    ended(bench.run(tmp_path / "run", *LORA), 0)
+    flags = (*LORA, RESUME, tmp_path / "run" / "checkpoint-4")
+    ended(bench.run(tmp_path / "run", *flags, patch=hold_at(7, lambda: kill_self(signal.SIGTERM))), 75)
+    command = shlex.split(read_status(tmp_path / "run")["resume_command"])
+    assert command[:2] == ["python", "scripts/03_sft.py"] and command[-1] == RESUME
+    child = fork_main(script("03_sft").main, command[2:], tmp_path / "again.log")
+    child.wait()
+    assert f"resumed from {tmp_path / 'run' / 'checkpoint-7'}" in ended(child, 0)
 
 
 def test_a_signal_in_a_save(bench, reference, tmp_path):
@@ -680,6 +693,23 @@ def test_a_finished_run_is_left_alone_and_rewound(bench, reference, tmp_path):
     assert {"checkpoint-6", "checkpoint-8", "adapter_model.safetensors"} <= {*names(next(run.glob("superseded-*")))}
 
 
+def test_two_preparations_at_once(bench, tmp_path):
+    """Two that write the same file: half of each."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "alpaca_data.json").write_text(json.dumps([
+        {"instruction": row["prompt"], "input": "", "output": row["response"]} for row in chat_rows(3000)]))
+    argv = lambda out: ["--dataset", "alpaca", "--raw_dir", str(raw), "--output_dir", str(out)]
+    both = [fork_main(script("prepare_sft_datasets").main, argv(tmp_path / out), tmp_path / f"{i}.log")
+            for i, out in enumerate(("shared", "shared", "alone"))]
+    for child in both:
+        child.wait()
+        ended(child, 0)
+    written = [(tmp_path / out / "alpaca.jsonl").read_bytes() for out in ("shared", "alone")]
+    assert written[0] == written[1] and written[0].count(b"\n") == 3000
+    assert names(tmp_path / "shared") == names(tmp_path / "alone")
+
+
 def test_evaluation_does_not_depend_on_the_batch(bench, reference, tmp_path):
     """A mean of batch means: the best model and early stopping then depend on the batch size."""
     found = []
@@ -712,7 +742,6 @@ def test_verify_resume_passes(bench, tmp_path, capsys, flags):
 
 
 def verified(bench: Bench, tmp_path: Path, flags: tuple, patch: callable = None) -> int:
-    from forks import fork_main, script
 
     from common.config import parse
     from common.settings import SftConfig

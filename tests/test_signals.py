@@ -154,6 +154,8 @@ def test_a_launcher_that_died_before_we_asked_is_noticed(monkeypatch):
 def test_no_launcher_no_watch(monkeypatch):
     """nohup python …: the shell's end is no reason to stop."""
     assert not launched()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not launched()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert launched()
 

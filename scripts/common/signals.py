@@ -128,7 +128,8 @@ def default_signals() -> None:
 
 def launched() -> bool:
     """Whether a launcher (accelerate launch, torchrun, deepspeed) started this process."""
-    return "LOCAL_RANK" in os.environ or any(name.startswith(("ACCELERATE_", "TORCHELASTIC_")) for name in os.environ)
+    theirs = [name for name in os.environ if name.startswith(("ACCELERATE_", "TORCHELASTIC_"))]
+    return "LOCAL_RANK" in os.environ or bool({*theirs} - {"ACCELERATE_USE_CPU"})  # which people set by hand
 
 
 def is_launcher(pid: int) -> bool:
