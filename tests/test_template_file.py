@@ -327,6 +327,14 @@ def test_cache_is_found_by_name_and_never_stale(file, tmp_path, spm_unigram):
     assert [len(names) for names in (first, second, third, fourth, fifth)] == [1, 2, 3, 4, 5]
 
 
+def test_one_bos(file, spm_unigram):
+    """Guards against two, where a template file places it itself."""
+    one = Row(1, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": True}])
+    ids = [load_chat(spm_unigram, file(template=text)).encode_rows([one])[0].input_ids.tolist()
+           for text in (TEMPLATE, "{{ bos_token }}\n" + TEMPLATE)]
+    assert ids[0] == ids[1] and ids[0].count(2) == 1
+
+
 def test_other_rows_have_no_speaker(tmp_path):
     """Guards against a speaker that becomes a key of other rows."""
     rows = write_rows(tmp_path / "rows.jsonl", chat_rows(3))
