@@ -803,6 +803,24 @@ def test_verify_resume_sees_planted_faults(bench, tmp_path, fault, finding):
     with pytest.raises(CheckFailed, match=finding) as found:
         verified(bench, tmp_path, FULL, fault)
     assert found.value.status == 1 and names(tmp_path) == []
+    assert "two uninterrupted runs are equal" in str(found.value)
+
+
+def test_verify_resume_knows_a_machine_that_does_not_repeat_itself(bench, tmp_path):
+    """Kernels that are not deterministic would be taken for a broken resume."""
+    def noise() -> None:
+        import common.train as train
+
+        real = train.train_step
+
+        def train_step(accelerator: object, model: object, *rest: object, **options: object) -> object:
+            result = real(accelerator, model, *rest, **options)
+            next(p for p in model.parameters() if p.requires_grad).data.mul_(1 + time.time_ns() % 997 * 1e-6)
+            return result
+        train.train_step = train_step
+
+    with pytest.raises(CheckFailed, match="says nothing about resuming"):
+        verified(bench, tmp_path, FULL, noise)
 
 
 def test_verify_resume_as_a_command(bench, tmp_path):
