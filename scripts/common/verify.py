@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from common.checkpoint import checkpoints, verify
@@ -94,12 +95,13 @@ def subprocess_run(argv: list[str], env: dict[str, str], log: Path, stop: StopFl
         child = subprocess.Popen([sys.executable, str(script), *argv], env={**os.environ, **env}, stdout=out,
                                  stderr=subprocess.STDOUT)
         try:
-            while True:
-                try:
-                    return child.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    if stop.requested:
-                        raise Stopped(f"{stop.asked()} while verifying; nothing is left behind.") from None
+            code = None
+            while code is None and not stop.requested:
+                with suppress(subprocess.TimeoutExpired):
+                    code = child.wait(0.2)
+            if stop.requested:  # also if the child was asked too, and ended first
+                raise Stopped(f"{stop.asked()} while verifying; nothing is left behind.")
+            return code
         finally:
             child.kill()
             child.wait()
