@@ -51,4 +51,4 @@ for name, numbers in (("fine-tuned", found), ("base", found["baseline"]), ("best
     print(f"{name:<22} {numbers['exact_match']:>16.3f}   {numbers['exact_match_new_words']:>15.3f}")
 print(f"answers that ended     {found['stopped']:>16.3f}   {found['stopped_new_words']:>15.3f}")
 TABLE
-printf '\nModel: %s   Results: %s/eval (report.html, samples.jsonl)\nTalk to it: python scripts/06_eval_sft.py --chat\n' "$run" "$run"
+printf '\nModel: %s   Results: %s/eval (report.html, samples.jsonl)\nMore of its answers: python scripts/06_eval_sft.py --gen_only\n' "$run" "$run"

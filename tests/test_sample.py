@@ -40,7 +40,7 @@ def test_golden_beginning(sample):
     """Guards against a Python version that draws other numbers."""
     assert rows_of(sample["rows.jsonl"])[:2] == [
         {"prompt": "Which comes first? fork book ball sail", "response": "fork", "source": "first", "id": "row-1"},
-        {"prompt": "Which comes last? boat book pear key", "response": "key", "source": "last", "id": "row-2"}]
+        {"prompt": "Which comes second? boat book pear key", "response": "book", "source": "second", "id": "row-2"}]
 
 
 def test_heldout_prompts_occur_nowhere_else(sample):
@@ -71,7 +71,7 @@ def answer(prompt: str) -> str:
     listed = things.split()
     return {"Which comes first": listed[0], "Which comes last": listed[-1], "Say it again": " ".join(listed),
             "How many": {3: "three", 4: "four"}[len(listed)],
-            "Say it backwards": " ".join(listed[::-1]), "Leave out the first": " ".join(listed[1:])}[question]
+            "Which comes second": listed[1]}[question]
 
 
 def test_answers_are_right_and_skills_equal(sample):
@@ -79,15 +79,15 @@ def test_answers_are_right_and_skills_equal(sample):
     for name in ("rows.jsonl", "heldout.jsonl", "new_words.jsonl"):
         rows = rows_of(sample[name])
         assert [row["response"] for row in rows] == [answer(row["prompt"]) for row in rows]
-        assert set(Counter(row["source"] for row in rows).values()) == {len(rows) // 6}
+        assert set(Counter(row["source"] for row in rows).values()) == {len(rows) // 5}
 
 
 def test_script_writes_whole_files(tmp_path, monkeypatch, capsys):
     """Guards against a half-written sample that the quickstart would take for complete."""
-    arguments = ["make_sample.py", "--output_dir", str(tmp_path / "new"), "--stories", "20", "--rows", "12",
-                 "--heldout", "6"]
+    arguments = ["make_sample.py", "--output_dir", str(tmp_path / "new"), "--stories", "20", "--rows", "10",
+                 "--heldout", "5"]
     monkeypatch.setattr("sys.argv", arguments)
     make.main()
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
         "corpus.txt", "heldout.jsonl", "new_words.jsonl", "rows.jsonl"]
-    assert (tmp_path / "new" / "rows.jsonl").read_bytes().count(b"\n") == 12
+    assert (tmp_path / "new" / "rows.jsonl").read_bytes().count(b"\n") == 10

@@ -4,11 +4,10 @@
 
 Everything is generated, so it needs no network and no licence (CC0), and the same seed gives the same bytes.
 
-    corpus      Anna asks Ben.
-                Say it backwards: lamp boat hat
-                hat boat lamp.
-                Which comes last? lamp boat hat
-                hat comes last.
+    corpus      Anna asks Ben: Say it again: lamp boat hat
+                Ben says: lamp boat hat.
+                Anna asks Ben: Which comes last? lamp boat hat
+                Ben says: hat comes last.
     row         {"prompt": "Which comes last? lamp boat hat", "response": "hat", "source": "last", "id": "row-17"}
     heldout     other prompts of the same words: none occurs in rows.jsonl or corpus.txt
     new_words   prompts of nouns that the corpus uses as often as the others and no row ever mentions
@@ -51,15 +50,21 @@ class Draw:
 
 
 def story(draw: Draw) -> str:
-    """One paragraph of the corpus: questions about the same things, answered in sentences."""
+    """One paragraph of the corpus: two people, three questions about the same things, answered in sentences.
+
+    What stands between a question and its answer changes from story to story, so that a model learns to look for the
+    list wherever it is, and not a fixed number of words back.
+    """
     things = draw.some(NOUNS + NEW_NOUNS, draw.number(3, 4))
-    asker, other = draw.some(PEOPLE, 2)
-    listed, back, n = " ".join(things), " ".join(reversed(things)), NUMBERS[len(things)]
-    lists = [f"Say it again: {listed}\n{listed}.", f"Say it backwards: {listed}\n{back}."]
-    lines = draw.some([*lists, *lists, f"Leave out the first: {listed}\n{' '.join(things[1:])}.",
-                       f"Which comes first? {listed}\n{things[0]} comes first.",
-                       f"Which comes last? {listed}\n{things[-1]} comes last.", f"How many? {listed}\n{n} in all."], 3)
-    return f"{asker} asks {other}.\n" + "\n".join(lines) + "\n"
+    a, b = draw.some(PEOPLE, 2)
+    asks, answers = draw.one([("", ""), (f"{a}: ", f"{b}: "), (f"{a} asks {b}: ", f"{b} says: ")])
+    listed, n = " ".join(things), NUMBERS[len(things)]
+    again = f"Say it again: {listed}", f"{listed}."
+    told = draw.some([again, again, (f"Which comes first? {listed}", f"{things[0]} comes first."),
+                      (f"Which comes second? {listed}", f"{things[1]} comes second."),
+                      (f"Which comes last? {listed}", f"{things[-1]} comes last."),
+                      (f"How many? {listed}", f"{n} in all.")], 3)
+    return "".join(f"{asks}{question}\n{answers}{answer}\n" for question, answer in told)
 
 
 def _list(question: str, answer: Callable[[list[str]], str]) -> Callable[[Draw, list[str]], tuple[str, str]]:
@@ -71,11 +76,10 @@ def _list(question: str, answer: Callable[[list[str]], str]) -> Callable[[Draw, 
 
 SKILLS: dict[str, Callable[[Draw, list[str]], tuple[str, str]]] = {
     "first": _list("Which comes first?", lambda things: things[0]),
+    "second": _list("Which comes second?", lambda things: things[1]),
     "last": _list("Which comes last?", lambda things: things[-1]),
     "count": _list("How many?", lambda things: NUMBERS[len(things)]),
     "again": _list("Say it again:", " ".join),
-    "backwards": _list("Say it backwards:", lambda things: " ".join(reversed(things))),
-    "rest": _list("Leave out the first:", lambda things: " ".join(things[1:])),
 }
 
 
