@@ -100,6 +100,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
 @contextmanager
 def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opened]:
     """Lock the output directory, decide between fresh and resumed, leave run.json and plan.json; note how it ended."""
+    from common.checkpoint import disk_fault
     from common.leave import forget_plan, leave_plan
     from common.ranks import exit_status, on_main
     from common.run import check_unchanged, describe_run
@@ -129,7 +130,7 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
         try:
             yield opened
         except BaseException as found:
-            fault = run.watch.named(found)
+            fault = disk_fault(run.watch.named(found), run.directory)
             if new and run.state.step == 0 and isinstance(fault, UserError):  # exit status 2 leaves nothing behind
                 if run.main:
                     forget_plan(run)

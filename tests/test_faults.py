@@ -6,7 +6,7 @@
 | 2 | kill -9 at random times | test_random_kills; in numbers: soak_kills.py |
 | 3 | kill at every point of a save | test_kill_in_a_save; test_checkpoint: test_kill_at_a_fail_point... |
 | 4 | damaged checkpoint | test_one_flipped_bit_in_each_file, test_a_lost_best...; test_checkpoint, test_rundir |
-| 5 | full disk in a save | test_full_disk |
+| 5 | full disk in a save | test_full_disk, test_full_disk_at_the_end |
 | 6 | disk too small | test_disk_need_is_predicted |
 | 7 | signals, time limit, death of the launcher | test_a_signal..., test_accelerate_launch...; test_signals |
 | 8 | signal to one of two ranks | test_a_signal_to_one_rank_stops_both |
@@ -139,7 +139,7 @@ def test_random_kills(bench, reference, tmp_path):
         if child.codes == [0] and kills < 10:
             assert what_is_left(tmp_path / "run") == whole
             shutil.rmtree(tmp_path / "run")
-        assert not any("broken" in name for name in names(tmp_path / "run")) and time.monotonic() < start + 60
+        assert not any("broken" in name for name in names(tmp_path / "run")) and time.monotonic() < start + 120
         if numbered(tmp_path / "run"):
             assert verify(checkpoints(tmp_path / "run")[-1]) == []
     ended(bench.run(tmp_path / "run", *LORA, RESUME), 0)
@@ -225,6 +225,28 @@ def test_full_disk(bench, reference, tmp_path):
     status = read_status(tmp_path / "run")
     assert (status["status"], status["exit_status"]) == ("failed", 74) and "save_total_limit" in status["reason"]
     assert [name for name in names(tmp_path / "run") if "checkpoint" in name] == ["checkpoint-2"]
+    ended(bench.run(tmp_path / "run", *LORA, RESUME), 0)
+    assert what_is_left(tmp_path / "run") == reference(*LORA)
+
+
+def test_full_disk_at_the_end(bench, reference, tmp_path):
+    """The libraries raise no OSError for it: a traceback and status 1 after hours of training."""
+    def patch() -> None:
+        import resource
+
+        import common.leave as leave
+
+        real = leave.write_model
+
+        def write_model(*args: object) -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            real(*args)
+        leave.write_model = write_model
+
+    said = ended(bench.run(tmp_path / "run", *LORA, patch=patch), 74)
+    assert "Make room and start again" in said and "Traceback" not in said
+    assert read_status(tmp_path / "run")["exit_status"] == 74
     ended(bench.run(tmp_path / "run", *LORA, RESUME), 0)
     assert what_is_left(tmp_path / "run") == reference(*LORA)
 
@@ -653,7 +675,7 @@ def test_a_hung_rank_is_named(bench, reference, tmp_path):
         if os.environ["RANK"] == "1":
             hold_at(5, lambda: kill_self(signal.SIGSTOP))()
 
-    child = bench.start(tmp_path / "run", *TWO, "--rank_timeout_minutes", 0.04, ranks=2, patch=patch)
+    child = bench.start(tmp_path / "run", *TWO, "--rank_timeout_minutes", 0.08, ranks=2, patch=patch)
     try:
         wait_until(lambda: (read_status(tmp_path / "run") or {}).get("status") == "failed", 30)
     finally:

@@ -255,6 +255,14 @@ def no_space(fault: BaseException | None) -> int | None:
     return None
 
 
+def disk_fault(fault: BaseException | None, place: Path) -> BaseException | None:
+    """An OSError with the way out for a full disk, whatever a library made of it; any other fault as it is."""
+    if fault is None or not (found := no_space(fault)) or "--save_total_limit" in str(fault):
+        return fault
+    return OSError(found, f"{os.strerror(found)}, {size(free_bytes(place))} are free. The checkpoints there are whole. "
+                   "Make room and start again with --resume_from_checkpoint.", str(place))
+
+
 def no_space_sentence(run_dir: Path, step: int, written: int, found: int) -> str:
     whole = checkpoints(run_dir)
     try:
