@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("the red green blue cat dog bird sees likes takes a small large old new house tree river stone and then but "
-         "not very quickly slowly today tomorrow what is who are you hello there answer question one two three four").split()
+         "not very quickly slowly today tomorrow what is who are you hello there answer question one two three "
+         "four").split()
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -108,8 +109,8 @@ def with_template(shared: Path, byte_level: str) -> str:
 
     fast = AutoTokenizer.from_pretrained(byte_level)
     fast.add_special_tokens({"extra_special_tokens": ["<|turn|>", "<|end|>"]})
-    fast.chat_template = ("{% for message in messages %}{{ '<|turn|>' + message['role'] + '\\n' + message['content'] | trim"
-                          " + '<|end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}"
+    fast.chat_template = ("{% for message in messages %}{{ '<|turn|>' + message['role'] + '\\n' + "
+                          "message['content'] | trim + '<|end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}"
                           "{% endif %}")
     fast.save_pretrained(str(shared / "with_template"))
     return str(shared / "with_template")

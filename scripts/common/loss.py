@@ -72,6 +72,7 @@ def make_batch(rows: list[list[Encoded]], pad_id: int, pad_to_multiple_of: int =
                  int(np.diff(bounds).max()), join(owners))
 
 
+@torch.compiler.disable  # its loop over segments would be compiled anew for every batch
 def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                      attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
                      sliding_window: int | None = None, cu_seq_lens_q: torch.Tensor | None = None,

@@ -204,6 +204,18 @@ def set_special_ids(model: PreTrainedModel, chat: Chat) -> None:
         model.generation_config.suppress_tokens = list(spare)
 
 
+def compile_layers(model: PreTrainedModel) -> str:
+    """Compile each layer with torch.compile (attention stays as it is); return a line for the log."""
+    layers = next((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), [])
+    if not len(layers):
+        raise UserError(f"--compile: no list of layers in a {model.config.model_type} model. Leave --compile out.")
+    if model.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise UserError("--compile: no C++ compiler (g++ or clang++) on this machine. Install one, or leave it out.")
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return f"compile: {len(layers)} layers, at their first use (the first step takes longer)"
+
+
 def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) -> nn.Module:
     """Wrap the model with a fresh LoRA adapter that also trains the rows of new tokens, tied or not."""
     from peft import LoraConfig, get_peft_model

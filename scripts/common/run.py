@@ -25,6 +25,7 @@ from common.material import Material, gather, recommended_weights
 from common.model import (
     add_lora,
     add_tokens,
+    compile_layers,
     count_parameters,
     find_model,
     load_model,
@@ -193,6 +194,8 @@ def load_run(run: Run, chat: Chat, material: Material) -> None:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         causal_lm.enable_input_require_grads()
     run.loss_model = LossModel(model.to(accelerator.device), "sdpa", config.neftune_noise_alpha)
+    if config.compile:
+        run.say(compile_layers(causal_lm if model is causal_lm else model.get_base_model()))
     total, trained = count_parameters(model)
     run.say(f"model {source}: {total / 1e6:,.1f} M parameters, {trained / 1e6:,.2f} M trained "
             f"({'LoRA' if config.use_lora else 'full'}), precision {accelerator.mixed_precision}, "
