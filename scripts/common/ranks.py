@@ -76,8 +76,11 @@ class Watch:
 
             store = PrefixStore("sft_watch", _get_default_store())
             self.store, self.reader = store, store.clone()  # a client each: a lock is held while one waits
-            self.note()
-            accelerator.wait_for_everyone()  # every process has a note now
+            try:
+                self.note()
+                accelerator.wait_for_everyone()  # every process has a note now
+            except RuntimeError as fault:
+                raise self.named(fault) from None
 
     def at(self, place: str) -> None:
         """This process has come to `place`."""
@@ -100,7 +103,8 @@ class Watch:
     def read(self, store: object) -> list[dict]:
         """The notes of all processes; the last ones seen if the store's host is gone."""
         try:
-            self.table = [json.loads(store.get(str(rank))) for rank in range(self.world)]
+            if store.check([str(rank) for rank in range(self.world)]):  # reading a missing one would wait for it
+                self.table = [json.loads(store.get(str(rank))) for rank in range(self.world)]
         except RuntimeError:
             pass
         return self.table

@@ -19,7 +19,7 @@ from torch import nn
 from common.chat import Chat
 from common.checkpoint import TrainState, check_space, checkpoints, read_state, save_checkpoint
 from common.config import differences, level, to_dict
-from common.faults import UserError
+from common.faults import RankLost, UserError
 from common.loss import LossModel, choose_attention
 from common.material import Material, gather, recommended_weights
 from common.model import (
@@ -35,7 +35,7 @@ from common.model import (
     saved_dtype,
     set_special_ids,
 )
-from common.ranks import Watch, on_main
+from common.ranks import Watch, of_a_collective, on_main, sentence
 from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes
 from common.settings import SftConfig
 from common.train import StepResult, evaluation_rows, make_optimizer
@@ -77,7 +77,12 @@ def start(config: SftConfig, argv: list[str]) -> Run:
 
     # Watch ends a job that hangs and says where; the backend's own limit comes after it
     limit = timedelta(minutes=config.rank_timeout_minutes + 5)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
+    try:
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
+    except RuntimeError as fault:
+        if of_a_collective(fault):
+            raise RankLost(sentence(["the processes did not find each other"], str(fault).splitlines()[0])) from None
+        raise
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if promised > 1 and accelerator.num_processes == 1:
         raise UserError(f"the launcher started {promised} processes, but each would train alone. On CPU set the "
