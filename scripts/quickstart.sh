@@ -29,7 +29,7 @@ step "01 Tokenizer" data/tokenizer/sample.model \
   python scripts/01_train_tokenizer.py --input data/sample/corpus.txt --output_prefix data/tokenizer/sample --vocab_size 512
 step "02 Base model" "$base" \
   python scripts/02_pretrain.py --config_path config/sample.json --tokenizer_path data/tokenizer/sample.model \
-  --input data/sample/corpus.txt --output_dir "$base" --max_steps 2400 --batch_size 8 --sequence_length 128 \
+  --input data/sample/corpus.txt --output_dir "$base" --max_steps 2600 --batch_size 8 --sequence_length 128 \
   --learning_rate 4e-3 --weight_decay 0.05 --logging_steps 250
 step "Prepare the rows" data/sft/sample.manifest.json \
   python scripts/prepare_sft_datasets.py --dataset sample

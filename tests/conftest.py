@@ -110,8 +110,8 @@ def with_template(shared: Path, byte_level: str) -> str:
     fast = AutoTokenizer.from_pretrained(byte_level)
     fast.add_special_tokens({"extra_special_tokens": ["<|turn|>", "<|end|>"]})
     fast.chat_template = ("{% for message in messages %}{{ '<|turn|>' + message['role'] + '\\n' + "
-                          "message['content'] | trim + '<|end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}"
-                          "{% endif %}")
+                          "message['content'] | trim + '<|end|>\\n' }}{% endfor %}"
+                          "{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}{% endif %}")
     fast.save_pretrained(str(shared / "with_template"))
     return str(shared / "with_template")
 

@@ -69,7 +69,7 @@ def answer(prompt: str) -> str:
     """The right answer, worked out from the prompt alone."""
     question, things = (part.strip() for part in prompt.replace("?", ":").split(":"))
     listed = things.split()
-    return {"Which comes first": listed[0], "Which comes last": listed[-1], "Say it again": " ".join(listed),
+    return {"Which comes first": listed[0], "Which comes third": listed[2], "Say it again": " ".join(listed),
             "How many": {3: "three", 4: "four"}[len(listed)],
             "Which comes second": listed[1]}[question]
 

@@ -6,9 +6,9 @@ Everything is generated, so it needs no network and no licence (CC0), and the sa
 
     corpus      Anna asks Ben: Say it again: lamp boat hat
                 Ben says: lamp boat hat.
-                Anna asks Ben: Which comes last? lamp boat hat
-                Ben says: hat comes last.
-    row         {"prompt": "Which comes last? lamp boat hat", "response": "hat", "source": "last", "id": "row-17"}
+                Anna asks Ben: Which comes third? lamp boat hat
+                Ben says: hat comes third.
+    row         {"prompt": "Which comes third? lamp boat hat", "response": "hat", "source": "third", "id": "row-17"}
     heldout     other prompts of the same words: none occurs in rows.jsonl or corpus.txt
     new_words   prompts of nouns that the corpus uses as often as the others and no row ever mentions
 
@@ -62,7 +62,7 @@ def story(draw: Draw) -> str:
     again = f"Say it again: {listed}", f"{listed}."
     told = draw.some([again, again, (f"Which comes first? {listed}", f"{things[0]} comes first."),
                       (f"Which comes second? {listed}", f"{things[1]} comes second."),
-                      (f"Which comes last? {listed}", f"{things[-1]} comes last."),
+                      (f"Which comes third? {listed}", f"{things[2]} comes third."),
                       (f"How many? {listed}", f"{n} in all.")], 3)
     return "".join(f"{asks}{question}\n{answers}{answer}\n" for question, answer in told)
 
@@ -77,7 +77,7 @@ def _list(question: str, answer: Callable[[list[str]], str]) -> Callable[[Draw, 
 SKILLS: dict[str, Callable[[Draw, list[str]], tuple[str, str]]] = {
     "first": _list("Which comes first?", lambda things: things[0]),
     "second": _list("Which comes second?", lambda things: things[1]),
-    "last": _list("Which comes last?", lambda things: things[-1]),
+    "third": _list("Which comes third?", lambda things: things[2]),
     "count": _list("How many?", lambda things: NUMBERS[len(things)]),
     "again": _list("Say it again:", " ".join),
 }
