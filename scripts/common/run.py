@@ -202,7 +202,7 @@ def load_run(run: Run, chat: Chat, material: Material) -> None:
     if config.compile:
         run.say(compile_layers(causal_lm if model is causal_lm else model.get_base_model()))
     total, trained = count_parameters(model)
-    run.say(f"model {source}: {total / 1e6:,.1f} M parameters, {trained / 1e6:,.2f} M trained "
+    run.say(f"model {source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
             f"({'LoRA' if config.use_lora else 'full'}), precision {accelerator.mixed_precision}, "
             f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}")
     probe = sorted((e for row in material.plan.step_rows(0) for e in material.examples(row)),
