@@ -225,6 +225,9 @@ def prove_chat(config: SftConfig, chat: Chat) -> list[str]:
     found = chat.prove(rows)
     lines = []
     if chat.native:
+        if found["unsafe"]:
+            lines.append(f"tokenizer: {found['unsafe']:,} texts cannot be encoded by the converted tokenizer without "
+                         "control ids; training uses SentencePiece itself")
         lines.append(f"tokenizer: the converted one agrees with SentencePiece on {found['texts']:,} texts of your rows"
                      + (f" ({found['ties']} ties of equal score)" if found["ties"] else ""))
     if found["changed"]:

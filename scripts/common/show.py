@@ -25,6 +25,7 @@ def describe_data(material: Material) -> list[str]:
         if meta["rows_distinct"] < meta["rows_kept"]:
             lines.append("  " + duplicates(meta))
         for key, what in (("rows_split", "rows too long, split into windows"), ("rows_cut", "rows too long, cut"),
+                          ("answers_dropped", "answers of split rows dropped: too long by themselves"),
                           ("encoded_apart", "answers encoded apart from their prompt, because the tokenizer would join "
                            "the two in one token")):
             if meta[key]:
