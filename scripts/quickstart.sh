@@ -29,8 +29,8 @@ step "01 Tokenizer" data/tokenizer/sample.model \
   python scripts/01_train_tokenizer.py --input data/sample/corpus.txt --output_prefix data/tokenizer/sample --vocab_size 512
 step "02 Base model" "$base" \
   python scripts/02_pretrain.py --config_path config/sample.json --tokenizer_path data/tokenizer/sample.model \
-  --input data/sample/corpus.txt --output_dir "$base" --max_steps 2600 --batch_size 8 --sequence_length 128 \
-  --learning_rate 4e-3 --weight_decay 0.05 --logging_steps 250
+  --input data/sample/corpus.txt --output_dir "$base" --max_steps 4000 --batch_size 8 --sequence_length 128 \
+  --learning_rate 4e-3 --weight_decay 0.05 --logging_steps 500
 step "Prepare the rows" data/sft/sample.manifest.json \
   python scripts/prepare_sft_datasets.py --dataset sample
 step "03 Fine-tune" "" \
@@ -39,7 +39,7 @@ step "03 Fine-tune" "" \
   rm -f "$run/eval/eval_results.json"  # results of older weights
 step "06 Evaluate base and fine-tuned model" "$run/eval/eval_results.json" \
   python scripts/06_eval_sft.py --model_path "$run" --baseline_path "$base" \
-  --dataset_paths data/sample/heldout.jsonl data/sample/new_words.jsonl
+  --dataset_paths data/sample/heldout.jsonl data/sample/new_words.jsonl --max_new_tokens 24
 
 python - "$run/eval/eval_results.json" <<'TABLE'
 import json
