@@ -194,7 +194,7 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(architecture)
     if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # windows are short: 1.3 times the speed of sdpa, whose bf16 is slow here
+        model.set_attn_implementation("eager")  # windows are short: 1.3 times the speed of sdpa, slow in bf16 here
     print(f"model     {architecture.num_hidden_layers} layers x {architecture.hidden_size}, "
           f"{architecture.vocab_size:,} pieces, {sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M parameters")
     if config.max_steps:
