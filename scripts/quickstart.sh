@@ -7,8 +7,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 
-# accelerate launch gives a process one thread on a machine without a GPU, unless this says otherwise
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')}
 base=checkpoints/pretrain/sample/final
 run=checkpoints/sft/sample
 step() {  # step HEADING OUTPUT COMMAND...: show the command and run it, unless OUTPUT is there (scripts write whole files)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from common.chat import Chat, Encoded
-from common.config import show
 from common.material import Material
 from common.plan import describe
 
@@ -80,8 +79,3 @@ def show_example(material: Material, chat: Chat, limit: int = 1500) -> list[str]
         text = text[:limit] + f" … ({len(text) - limit:,} more characters)"
     return [f"example {material.places([row])[0]}: {len(encoded.input_ids):,} tokens, {int(encoded.trained.sum()):,} "
             "trained, marked «…»", text]
-
-
-def describe_settings(config: object, names: tuple[str, ...]) -> str:
-    """A few settings in one line."""
-    return "  ".join(f"{name} {show(getattr(config, name))}" for name in names)
