@@ -11,7 +11,7 @@ import pytest
 
 from common.faults import UserError
 from common.order import Stream, exact, largest_remainder, pack, shuffled, stable_order
-from common.plan import Plan, Source, Stage, describe, make_plan, micro_batches
+from common.plan import Plan, Source, Stage, describe, make_plan
 
 
 def source(name: str, lengths: list[int] | int, trained: list[int] | None = None) -> Source:
@@ -286,13 +286,6 @@ def test_rows_are_dealt_back_and_forth():
     plan = plan_of([Source("a", lengths, lengths)], rows_per_step=6)
     tokens = [[int(lengths[row[0, 1]]) for row in plan.rank_rows(0, rank, 3)] for rank in range(3)]
     assert tokens == [[9, 4], [8, 5], [7, 6]]
-
-
-def test_micro_batches():
-    """The last, smaller group lost."""
-    rows = [np.array([[0, i]]) for i in range(5)]
-    assert [[int(row[0, 1]) for row in group] for group in micro_batches(rows, 2)] == [[0, 1], [2, 3], [4]]
-    assert micro_batches([], 2) == []
 
 
 def test_trained_tokens_are_those_of_the_rows():

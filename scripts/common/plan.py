@@ -489,8 +489,3 @@ def _aligned(lines: list[list[str]]) -> list[str]:
 def _short(n: int) -> str:
     """1234 -> 1,234; 2900000 -> 2.9 M"""
     return f"{n:,}" if n < 10**6 else f"{n / 1e6:,.1f} M" if n < 10**9 else f"{n / 1e9:,.2f} G"
-
-
-def micro_batches(rows: list[np.ndarray], per_device_rows: int) -> list[list[np.ndarray]]:
-    """The rows of a rank in groups of at most per_device_rows, in their order."""
-    return [rows[i:i + per_device_rows] for i in range(0, len(rows), per_device_rows)]
