@@ -3,15 +3,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import time
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import chat_rows, write_rows
 
-from common import data
+from common import data, forked, records
 from common.chat import Chat, Encoded, load_chat
 from common.data import Dataset, fit, held_out_rows, load_dataset, prompt_hash, split
 from common.faults import UserError
@@ -179,6 +185,122 @@ def test_a_faster_process_with_the_same_content(rows_file: Path, chat: Chat, mon
     real = data._is_whole
     monkeypatch.setattr(data, "_is_whole", lambda *x: next(calls, None) is None and real(*x))
     assert len(load(rows_file, chat)) == 40
+
+
+# -- large files
+
+def many_rows(path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, count: int = 300) -> Path:
+    """A file of several blocks, tokenised by so many processes; every kind of row that is counted is in it."""
+    monkeypatch.setattr(records, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(forked, "cores", lambda: processes)
+    rows = chat_rows(count)
+    rows[100:100] = [{"prompt": "a", "response": ""}, {"prompt": "late " * 50, "response": "b"}, {"prompt": 1}, rows[7]]
+    return write_rows(path, rows)
+
+
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, chat: Chat,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that come back in another order, or counts of one process that get lost."""
+    arrays, metas = set(), []
+    for processes in (1, 2, 5):
+        path = many_rows(tmp_path / "rows.jsonl", monkeypatch, processes)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        found = load(path, chat, skip_bad_rows=True)
+        arrays.add(tuple(getattr(found, a).tobytes() for a in ("input_ids", "trained", *data.ARRAYS)))
+        metas.append({k: v for k, v in found.meta.items() if k not in ("seconds", "rows_per_second")})
+    assert len(arrays) == 1 and metas[0] == metas[1] == metas[2]
+    assert metas[0]["rows_in"] == 304 and metas[0]["rows_kept"] == 301 and metas[0]["rows_distinct"] == 300
+    assert metas[0]["rows_bad"] == 1 and metas[0]["dropped"] == {"empty answer": 1, "a single turn too long": 1}
+
+
+def test_bad_rows_of_all_blocks_are_named_in_order(tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Findings with line numbers that count from the block, or in the order of the fastest process."""
+    path = many_rows(tmp_path / "rows.jsonl", monkeypatch, 3)
+    rows = path.read_text().splitlines()
+    for i in range(20, 300, 10):
+        rows[i] = "{"
+    path.write_text("\n".join(rows))
+    with pytest.raises(UserError) as raised:
+        load(path, chat)
+    named = [line.split(":")[1] for line in str(raised.value).splitlines() if ": not JSON" in line]
+    assert named == [str(i + 1) for i in range(20, 220, 10) if i != 102][:len(named)] and len(named) >= 19
+    assert "29 of 304 rows cannot be used" in str(raised.value)
+
+
+def test_memory_does_not_hold_the_rows(tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows or parts kept in a list: tens of gigabytes would not fit."""
+    path = many_rows(tmp_path / "rows.jsonl", monkeypatch, 1, 3000)
+    alive = []
+
+    def progress(parts: data.Parts) -> Iterator[data.Part]:
+        for part in parts:
+            alive.append(weakref.ref(part))
+            yield part
+            assert sum(ref() is not None for ref in alive) <= 3 and parts.position <= parts.size
+        assert parts.position == parts.size == path.stat().st_size
+
+    load(path, chat, skip_bad_rows=True, progress=progress)
+    assert len(alive) > 50
+
+
+def test_killed_half_way_and_started_again(tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half file that is taken for a whole one, or processes that go on for ever without their parent."""
+    path = many_rows(tmp_path / "rows.jsonl", monkeypatch, 3)
+
+    def until_killed(parts: data.Parts) -> Iterator[data.Part]:
+        for i, part in enumerate(parts):
+            yield part
+            if i == 3:
+                children = [child.pid for child in multiprocessing.active_children()]
+                (tmp_path / "children").write_text(" ".join(map(str, children)))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        load(path, chat, skip_bad_rows=True, progress=until_killed)
+        os._exit(1)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    left = [int(child) for child in (tmp_path / "children").read_text().split()]
+    assert len(left) == 3 and [p.suffix for p in (tmp_path / "cache").iterdir()] == [f".{pid}"]
+    limit = time.monotonic() + 20
+    while any(is_running(child) for child in left) and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert not any(is_running(child) for child in left)
+    assert len(load(path, chat, skip_bad_rows=True)) == 301
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def is_running(pid: int) -> bool:
+    """Whether it runs; a dead one may wait for a parent that never asks."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_process_that_is_killed_ends_the_work() -> None:
+    """Waiting for ever for the answer of a process that the system killed when memory ran out."""
+    with pytest.raises(ChildProcessError, match="was killed"):
+        list(forked.forked_map(lambda i: os._exit(1) if i == 5 else i, range(20), processes=2))
+    assert multiprocessing.active_children() == []
+
+
+def test_work_in_other_processes_comes_back_in_order() -> None:
+    """A fast item that overtakes; an exception out of its turn, or children left behind by one."""
+    slow = lambda i: time.sleep(0.02 * (i % 3)) or (os.getpid(), i)
+    found = list(forked.forked_map(slow, range(25), processes=3))
+    assert [i for _, i in found] == list(range(25)) and len({pid for pid, _ in found} - {os.getpid()}) == 3
+    seen = []
+    with pytest.raises(UserError, match="seven"):
+        for i in forked.forked_map(lambda i: fail("seven") if i == 7 else i, range(25), processes=3):
+            seen.append(i)
+    assert seen == list(range(7)) and multiprocessing.active_children() == []
+    assert list(forked.forked_map(slow, [], processes=3)) == []
+    assert list(forked.forked_map(slow, [4], processes=3)) == [(os.getpid(), 4)]
+
+
+def fail(reason: str) -> None:
+    raise UserError(reason)
 
 
 # -- too long

@@ -6,9 +6,10 @@ import os
 
 import pytest
 
+from common import records
 from common.faults import UserError
 from common.records import LINE_LIMIT
-from common.rows import Row, RowReader, row_to_json
+from common.rows import Counts, Row, RowReader, row_to_json
 
 GOOD = '{"prompt": "Hi", "response": "Hello"}\n'
 ROW = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "train": True}]
@@ -364,6 +365,42 @@ def test_a_reader_can_be_used_twice(tmp_path):
     """Guards against counts that add up over passes."""
     reader = RowReader(write(tmp_path, GOOD * 3))
     assert len(list(reader)) == len(list(reader)) == reader.rows_in == 3
+
+
+LONG = '{"prompt": "' + "a" * 900  # over the limit of a line, which is 600 bytes here
+
+
+@pytest.mark.parametrize("content", [
+    GOOD * 40, "\ufeff" + GOOD * 40, GOOD * 3 + "\n \r\n" * 200 + GOOD, GOOD.replace("\n", "\r\n") * 9,
+    GOOD * 9 + GOOD[:-5], (GOOD + "{\n[1]\n" + GOOD[:-1] + " x\n") * 9, GOOD + LONG + '", "response": "b"}\n' + GOOD * 2,
+    GOOD + LONG, (GOOD + LONG + "\n") * 3 + GOOD * 20, GOOD[:-1],
+    '[{"prompt": "a", "response": "b"}, {"prompt": "c", "response": ""}]', "prompt,response\na,b\nc\nd,e\n"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_blocks_hold_the_rows_of_the_file(tmp_path, monkeypatch, content, zipped):
+    """Guards against rows lost, doubled or miscounted at the seams of blocks, and lines numbered from their block."""
+    monkeypatch.setattr(records, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(records, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(records, "LINE_LIMIT", 600)
+    name = "x.json" if content[0] == "[" else "x.csv" if content.startswith("prompt,") else "x.jsonl"
+    path = tmp_path / (name + ".gz" * zipped)
+    path.write_bytes(gzip.compress(content.encode()) if zipped else content.encode())
+    whole, parts = RowReader(path, skip_bad_rows=True), RowReader(path, skip_bad_rows=True)
+    expected, found, counts = list(whole), [], Counts()
+    for block in parts.blocks():
+        found += parts.rows_of(block)
+        counts.add(parts.take())
+    assert found == expected and parts.sha256 == whole.sha256
+    parts.add(counts)
+    parts.finish()
+    for name in ("rows_in", "rows_kept", "n_bad", "bad", "dropped", "notes", "form"):
+        assert getattr(parts, name) == getattr(whole, name), name
+
+
+@pytest.mark.parametrize("content, finding", [("", "is empty"), ("\n \n", "holds no row")])
+def test_blocks_of_a_file_without_rows(tmp_path, content, finding):
+    """Guards against an empty file that is prepared in silence."""
+    with pytest.raises(UserError, match=finding):
+        list(RowReader(write(tmp_path, content)).blocks())
 
 
 def test_reading_imports_no_torch():

@@ -1,5 +1,7 @@
 """Files -> tokenised data sets (memory-mapped, cached by content) -> train, validation and test examples.
 
+A file is read once, in blocks of about a megabyte that all cores tokenise; besides them 33 bytes an example are held.
+
 A data set in the cache is a directory `<file stem>-<first 7 of its key>/`: flat int32 token ids, one byte a token that
 says whether it is trained, offsets, the line each example came from, and a hash of its first prompt. The key covers the
 file's bytes, the tokenizer, the template, the lengths and the format; `meta.json` holds it in full.
@@ -11,24 +13,26 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from common.chat import Chat, Encoded
 from common.faults import UserError
-from common.rows import Row, RowReader, row_to_json
+from common.forked import forked_map
+from common.records import Lines, Record
+from common.rows import Counts, Row, RowReader, row_to_json
 from common.settings import dataset_name
 
-FORMAT = 3  # part of the key: raise it when what is stored changes
+FORMAT = 4  # part of the key: raise it when what is stored changes
 ARRAYS = {"offsets": 1, "lines": 0, "groups": 0, "trained_counts": 0}  # entries more than examples
-BATCH_ROWS = 2000  # rows tokenised in one call: enough for all cores, small enough for a laptop
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lines)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per example, int32 (N,)."""
         return np.diff(self.offsets).astype(np.int32)
@@ -64,8 +68,9 @@ class Dataset:
 
 def load_dataset(path: str | Path, chat: Chat, *, max_seq_length: int, too_long: str = "split",
                  skip_bad_rows: bool = False, role_map: dict[str, str | tuple] | None = None, cache_dir: str | Path,
-                 progress: Callable[[Iterable], Iterable] = iter) -> Dataset:
-    """Tokenise a file once and open it memory-mapped; a cached copy is used only if its key is equal.
+                 progress: Callable[[Iterable[Part]], Iterable[Part]] = iter) -> Dataset:
+    """Tokenise a file once and open it memory-mapped; a cached copy is used only if its key is equal. A build that was
+    killed leaves nothing that is used. progress: is given the Parts and passes each on.
 
     Raise UserError for bad rows (all counted, the first ones shown) and when no row with a trained token is left.
     """
@@ -161,55 +166,113 @@ def _open(place: Path, name: str, path: str) -> Dataset:
                    np.memmap(place / "trained.bin", np.bool_, "r"), **arrays, meta=_meta(place))
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    rows = iter(rows)
-    while batch := list(islice(rows, BATCH_ROWS)):
-        yield batch
+@dataclass
+class Part:
+    """The examples of one block of a file, in the order of its rows. distinct: a hash of the ids of each row."""
+
+    input_ids: np.ndarray  # int32 (tokens,)
+    trained: np.ndarray  # bool (tokens,)
+    rows: Counts
+    lengths: array = field(default_factory=lambda: array("i"))
+    lines: array = field(default_factory=lambda: array("q"))
+    trained_counts: array = field(default_factory=lambda: array("i"))
+    groups: array = field(default_factory=lambda: array("Q"))
+    distinct: array = field(default_factory=lambda: array("Q"))
+    fitted: Counter[str] = field(default_factory=Counter)  # see fit
+    apart: int = 0  # answers encoded apart
+
+
+class Parts:
+    """Iterate over the parts of a file, tokenised on all cores. position, size: bytes of the file read, and in all."""
+
+    def __init__(self, reader: RowReader, chat: Chat, max_seq_length: int, too_long: str):
+        self.reader, self.chat, self.max_seq_length, self.too_long = reader, chat, max_seq_length, too_long
+        self.path, self.size = reader.path, os.path.getsize(reader.path)
+
+    @property
+    def position(self) -> int:
+        return self.reader.position
+
+    def __iter__(self) -> Iterator[Part]:
+        blocks = self.reader.blocks()
+        for block in blocks:
+            yield self.part(block)
+            if self.reader.form:  # the same for all rows from now on
+                break
+        yield from forked_map(self.part, blocks)
+
+    def part(self, block: Lines | list[Record]) -> Part:
+        """Decode, render, encode and fit the rows of a block."""
+        collects, apart = gc.isenabled(), self.chat.encoded_apart
+        gc.disable()  # rows are many small objects without cycles: a fifth of the time would go into looking for some
+        try:
+            rows = list(self.reader.rows_of(block))
+            examples: list[Encoded] = []
+            part = Part(np.empty(0, np.int32), np.empty(0, np.bool_), self.reader.take())
+            for row, encoded in zip(rows, self.chat.encode_rows(rows)):
+                found = fit(row, encoded, self.chat, self.max_seq_length, self.too_long, part.fitted)
+                if found:
+                    examples += found
+                    part.distinct.append(_hash(encoded.input_ids.data))
+                    part.lines.extend([row.line] * len(found))
+                    part.groups.extend([prompt_hash(row.first_prompt())] * len(found))
+            if examples:
+                part.lengths.extend(len(example.input_ids) for example in examples)
+                part.trained_counts.extend(int(np.count_nonzero(example.trained)) for example in examples)
+                part.input_ids = np.concatenate([example.input_ids for example in examples])
+                part.trained = np.concatenate([example.trained for example in examples])
+            part.apart = self.chat.encoded_apart - apart
+            return part
+        finally:
+            if collects:
+                gc.enable()
 
 
 def _tokenise(reader: RowReader, chat: Chat, max_seq_length: int, too_long: str, place: Path,
-              progress: Callable[[Iterable], Iterable]) -> dict:
+              progress: Callable[[Iterable[Part]], Iterable[Part]]) -> dict:
     """Read, encode, fit to length and write the arrays of one data set; return the counts for meta.json."""
-    counts: Counter[str] = Counter()
-    lengths, lines, trained_counts = array("i"), array("q"), array("i")
-    groups, distinct = array("Q"), set()
-    apart = chat.encoded_apart
-    collects = gc.isenabled()
-    gc.disable()  # rows are many small objects without cycles: a fifth of the time would go into looking for some
-    try:
-        with open(place / "input_ids.bin", "wb") as ids_file, open(place / "trained.bin", "wb") as trained_file:
-            for batch in _batches(progress(reader)):
-                for row, encoded in zip(batch, chat.encode_rows(batch)):
-                    examples = fit(row, encoded, chat, max_seq_length, too_long, counts)
-                    group = prompt_hash(row.first_prompt()) if examples else 0
-                    if examples:
-                        distinct.add(_hash(encoded.input_ids.data))
-                    for example in examples:
-                        ids_file.write(example.input_ids.data)
-                        trained_file.write(example.trained.data)
-                        lengths.append(len(example.input_ids))
-                        trained_counts.append(np.count_nonzero(example.trained))
-                        lines.append(row.line)
-                        groups.append(group)
-    finally:
-        if collects:
-            gc.enable()
-    dropped = Counter(reader.dropped)
+    started = time.perf_counter()
+    rows, whole = Counts(), Part(np.empty(0, np.int32), np.empty(0, np.bool_), Counts())
+    tokens = 0
+    with open(place / "input_ids.bin", "wb") as ids_file, open(place / "trained.bin", "wb") as trained_file:
+        for part in progress(Parts(reader, chat, max_seq_length, too_long)):
+            ids_file.write(part.input_ids.data)
+            trained_file.write(part.trained.data)
+            tokens += len(part.input_ids)
+            rows.add(part.rows)
+            for name in ("lengths", "lines", "trained_counts", "groups", "distinct"):
+                getattr(whole, name).extend(getattr(part, name))
+            whole.fitted.update(part.fitted)
+            whole.apart += part.apart
+    reader.add(rows)
+    reader.finish()
+    dropped, counts = Counter(rows.dropped), whole.fitted
     dropped.update({k.removeprefix("dropped: "): n for k, n in counts.items() if k.startswith("dropped: ")})
-    if not lengths:
+    if not whole.lengths:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "the file has no rows"
         raise UserError(f"{reader.path}: no row with anything to train on is left ({reasons}). "
                         "Give rows with answers, or a larger --max_seq_length.")
+    lengths, lines, trained_counts, groups, distinct = (
+        np.frombuffer(getattr(whole, name), dtype) for name, dtype in (
+            ("lengths", np.int32), ("lines", np.int64), ("trained_counts", np.int32), ("groups", np.uint64),
+            ("distinct", np.uint64)))
     np.save(place / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
-    np.save(place / "lines.npy", np.array(lines, np.int64))
-    np.save(place / "groups.npy", np.array(groups, np.uint64))
-    np.save(place / "trained_counts.npy", np.array(trained_counts, np.int32))
-    return {"rows_in": reader.rows_in, "rows_bad": reader.n_bad, "rows_kept": len(set(lines)),
-            "rows_distinct": len(distinct),
-            "examples": len(lengths), "tokens": int(sum(lengths)), "trained_tokens": int(sum(trained_counts)),
-            "dropped": dict(dropped), "rows_split": counts["rows split"], "rows_cut": counts["rows cut"],
-            "answers_dropped": counts["answers dropped"], "encoded_apart": chat.encoded_apart - apart,
-            "form": reader.form}
+    np.save(place / "lines.npy", lines)
+    np.save(place / "groups.npy", groups)
+    np.save(place / "trained_counts.npy", trained_counts)
+    distinct.sort()
+    seconds = time.perf_counter() - started
+    return {"rows_in": rows.rows_in, "rows_bad": rows.n_bad, "rows_kept": _runs(lines),
+            "rows_distinct": _runs(distinct), "examples": len(lengths), "tokens": tokens,
+            "trained_tokens": int(trained_counts.sum(dtype=np.int64)), "dropped": dict(dropped),
+            "rows_split": counts["rows split"], "rows_cut": counts["rows cut"],
+            "answers_dropped": counts["answers dropped"], "encoded_apart": whole.apart, "form": reader.form,
+            "seconds": round(seconds, 2), "rows_per_second": round(rows.rows_in / seconds)}
+
+
+def _runs(values: np.ndarray) -> int:
+    """Stretches of equal values: 1 1 2 5 5 -> 3; of sorted ones the number of different values."""
+    return 1 + int(np.count_nonzero(values[1:] != values[:-1]))
 
 
 def fit(row: Row, encoded: Encoded, chat: Chat, max_seq_length: int, too_long: str, counts: Counter) -> list[Encoded]:

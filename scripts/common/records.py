@@ -13,6 +13,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.faults import UserError
@@ -20,6 +21,7 @@ from common.faults import UserError
 LINE_LIMIT = 16 << 20  # bytes; a longer "line" is a file of another kind more often than a row
 SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
 SHOWN = 20  # findings of a file that are shown; all are counted
+BLOCK_BYTES, BLOCK_ROWS = 1 << 20, 1000  # of a block: enough for one call of a tokenizer, little enough to wait for
 
 
 class Bad(Exception):
@@ -101,10 +103,10 @@ def check_surrogates(value: object) -> None:
 
 
 class _Hashing(io.RawIOBase):
-    """A binary file that feeds every byte it gives to a sha256."""
+    """A reader's binary file; every byte it gives goes into a sha256 and is counted in the reader's position."""
 
-    def __init__(self, path: Path):
-        self.file = path.open("rb", buffering=0)
+    def __init__(self, reader: RecordReader):
+        self.file, self.reader = reader.path.open("rb", buffering=0), reader
         self.digest = hashlib.sha256()
 
     def readable(self) -> bool:
@@ -113,6 +115,7 @@ class _Hashing(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         n = self.file.readinto(buffer)
         self.digest.update(buffer[:n])
+        self.reader.position += n
         return n
 
     def close(self) -> None:
@@ -120,10 +123,22 @@ class _Hashing(io.RawIOBase):
         super().close()
 
 
+Record = tuple[int, int, "dict | Bad"]  # number, line, object
+
+
+@dataclass(slots=True)
+class Lines:
+    """Whole lines of a JSONL file, not yet decoded. before: lines before them in the file."""
+
+    before: int
+    content: bytes
+
+
 class RecordReader:
     """Iterate over (number, line, object or Bad). number: 1-based; the line for JSONL and CSV, else the row.
 
-    line: 1-based line in the file where the object starts (parquet: the row number).
+    line: 1-based line in the file where the object starts (parquet: the row number). Or iterate over blocks(), whose
+    decoding (`decoded`) can be left to another process.
     After the last one: .sha256 of the file's bytes, .line_is_row (False for JSON arrays, whose number is not the line).
     columns: parquet only, the columns to read where the file has more.
     Raises UserError for what is wrong with the file as a whole.
@@ -136,8 +151,28 @@ class RecordReader:
         self.sha256: str | None = None
         self.line_is_row = True
         self.line = 1  # where reading is, for faults of the whole file
+        self.position = 0  # bytes of the file read so far; parquet: all, once they were hashed
+        self._undecoded = False
 
-    def __iter__(self) -> Iterator[tuple[int, int, dict | Bad]]:
+    def blocks(self) -> Iterator[Lines | list[Record]]:
+        """All records in portions: of JSONL undecoded lines, of other files lists of records."""
+        self._undecoded, portion = True, []
+        for item in self:
+            if isinstance(item, Lines):
+                yield item
+                continue
+            portion.append(item)
+            if len(portion) == BLOCK_ROWS:
+                yield portion
+                portion = []
+        if portion:
+            yield portion
+
+    def decoded(self, block: Lines | list[Record]) -> Iterator[Record]:
+        """The records of a block."""
+        return self._jsonl(io.BytesIO(block.content), block.before) if isinstance(block, Lines) else iter(block)
+
+    def __iter__(self) -> Iterator[Record]:
         name = self.path.name.lower()
         zipped = name.endswith(".gz")
         kind = Path(name[:-3] if zipped else name).suffix
@@ -147,7 +182,7 @@ class RecordReader:
         if kind == ".parquet":
             yield from self._parquet()
             return
-        with _Hashing(self.path) as raw, io.BufferedReader(raw, 1 << 20) as file:
+        with _Hashing(self) as raw, io.BufferedReader(raw, 1 << 20) as file:
             head = file.peek(4)[:4]
             if head[:2] == b"\x1f\x8b" and not zipped:
                 raise self.fault("gzip data under a plain name. Add .gz to the name, or unpack it.")
@@ -176,7 +211,7 @@ class RecordReader:
         except OSError as fault:
             raise UserError(f"{self.path}: {fault.strerror}.") from None
 
-    def _text_rows(self, source: io.BufferedReader, kind: str) -> Iterator[tuple[int, int, dict | Bad]]:
+    def _text_rows(self, source: io.BufferedReader, kind: str) -> Iterator[Record | Lines]:
         head = source.peek(4)  # gives all that is buffered
         if not head:
             raise self.fault("the file is empty. Put rows in, or leave it out.")
@@ -187,7 +222,7 @@ class RecordReader:
         elif kind == ".json" and head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
             rows = self._array(source)
         else:  # .json that begins with an object is JSONL under another name, as often on the Hub
-            rows = self._jsonl(source)
+            rows = self._lines(source) if self._undecoded else self._jsonl(source)
         empty = True
         for row in rows:
             empty = False
@@ -195,8 +230,22 @@ class RecordReader:
         if empty:
             raise self.fault("the file holds no row. Put rows in, or leave it out.")
 
-    def _jsonl(self, source: io.BufferedReader) -> Iterator[tuple[int, int, dict | Bad]]:
-        n, readline, scan = 0, source.readline, _scan
+    def _lines(self, source: io.BufferedReader) -> Iterator[Lines]:
+        """JSONL in blocks that end with a line. Of a line over LINE_LIMIT there is only what shows that it is one."""
+        before = 0
+        while content := source.read(BLOCK_BYTES):
+            self.line, cut = before + 1, False
+            if content[-1:] != b"\n":
+                content += (rest := source.readline(LINE_LIMIT + 1))
+                cut = len(rest) > LINE_LIMIT and rest[-1:] != b"\n"
+                while rest and rest[-1:] != b"\n":
+                    rest = source.readline(LINE_LIMIT)
+            if not content.isspace():
+                yield Lines(before, content)
+            before += content.count(b"\n") + cut
+
+    def _jsonl(self, source: io.BufferedReader, n: int = 0) -> Iterator[Record]:
+        readline, scan = source.readline, _scan
         while raw := readline(LINE_LIMIT + 1):
             n += 1
             self.line = n
@@ -222,7 +271,7 @@ class RecordReader:
                 continue
             yield n, n, record
 
-    def _array(self, source: io.BufferedReader) -> Iterator[tuple[int, int, dict | Bad]]:
+    def _array(self, source: io.BufferedReader) -> Iterator[Record]:
         """One JSON array of objects, read as a whole; a fault of its syntax ends it: what follows cannot be trusted."""
         self.line_is_row = False
         try:
@@ -259,7 +308,7 @@ class RecordReader:
             self.line += text.count("\n", seen, at)
             raise self.fault(f"something follows the array: {text[at + 1:].strip()[:20]!r}. Remove it.")
 
-    def _csv(self, source: io.BufferedReader) -> Iterator[tuple[int, int, dict | Bad]]:
+    def _csv(self, source: io.BufferedReader) -> Iterator[Record]:
         findings: list[Bad] = []
         lines = _csv_lines(source, findings)
         csv.field_size_limit(LINE_LIMIT)
@@ -291,12 +340,13 @@ class RecordReader:
             if fields or finding:
                 yield start, start, finding or dict(zip(names, fields))
 
-    def _parquet(self) -> Iterator[tuple[int, int, dict | Bad]]:
+    def _parquet(self) -> Iterator[Record]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         with self.path.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self.position = file.tell()
         try:
             file = pq.ParquetFile(self.path)
             self.column_names = file.schema_arrow.names

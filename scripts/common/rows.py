@@ -13,12 +13,12 @@ A row that cannot be used is a finding with file and line; an empty answer is dr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from common.faults import UserError
-from common.records import SHOWN, Bad, RecordReader, bad_rows, kind_of, parse
+from common.records import SHOWN, Bad, Lines, Record, RecordReader, bad_rows, kind_of, parse
 
 FORMS = {  # form -> keys that show it; the first key of the first form that is there and not null decides
     "messages": ("messages",),
@@ -80,17 +80,46 @@ def row_to_json(row: Row) -> dict:
     return out | {k: v for k, v in more if v is not None}
 
 
-class RowReader:
-    """Iterate over the good rows of a file; then the counts stand, and rows_in = rows_kept + n_bad + sum(dropped).
+@dataclass
+class Counts:
+    """What became of the rows of a file, or of a part of it: rows_in = rows_kept + n_bad + sum(dropped).
+
+    bad: the first 20 findings "file:line: reason"; dropped: reason -> rows; notes: what was kept but changed -> count.
+    """
+
+    rows_in: int = 0
+    rows_kept: int = 0
+    n_bad: int = 0
+    bad: list[str] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Counts) -> None:
+        """Add those of the part that follows."""
+        for name in (f.name for f in fields(Counts)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.bad = self.bad[:SHOWN]
+
+    def take(self) -> Counts:
+        """Return the counts and begin again at nothing."""
+        taken = Counts(*(getattr(self, f.name) for f in fields(Counts)))
+        vars(self).update(vars(Counts()))
+        return taken
+
+
+class RowReader(Counts):
+    """Iterate over the good rows of a file; then the counts stand.
 
     columns: our key -> the file's key, e.g. {"input": "context", "output": "response"}.
     role_map: further role names -> role, or (role, what the template calls the speaker).
     edit: sees every readable object under our keys; may change it, or give a reason to drop it.
     form: read the rows in this form, even if keys of an earlier one are there. mixed: rows of several forms may meet,
     as in the val.jsonl of a run over several files.
-    rows_in, rows_kept; bad: the first 20 findings "file:line: reason"; n_bad; dropped: reason -> rows; notes: what was
-    kept but changed -> count; sha256 of the file; form.
+    sha256 of the file, form: known at the end.
     Raises UserError at the end if rows are bad, unless skip_bad_rows; at once if the file as a whole cannot be read.
+
+    Or block by block: blocks(), for each rows_of(block), which another process may do once `form` is known, then
+    finish().
     """
 
     def __init__(self, path: str | Path, *, skip_bad_rows: bool = False, role_map: dict[str, str | tuple] | None = None,
@@ -108,22 +137,46 @@ class RowReader:
         self._start()
 
     def _start(self) -> None:
-        self.bad: list[str] = []
-        self.dropped: Counter[str] = Counter()
-        self.notes: Counter[str] = Counter()
-        self.rows_in = self.rows_kept = self.n_bad = 0
+        super().__init__()
         self.sha256: str | None = None
         self.form: str | None = None
         self._form_line = 0
         self._tabular = False  # CSV: lists arrive as JSON text
+        self._columns_checked = False
+        ours = {key for keys in FORMS.values() for key in keys} | set(OPTIONAL)
+        self._records = RecordReader(self.path, columns=ours | set(self.columns.values()))
 
     def __iter__(self) -> Iterator[Row]:
         self._start()
-        ours = {key for keys in FORMS.values() for key in keys} | set(OPTIONAL)
-        records = RecordReader(self.path, columns=ours | set(self.columns.values()))
+        yield from self._rows(self._records)
+        self.sha256 = self._records.sha256
+        self.finish()
+
+    def blocks(self) -> Iterator[Lines | list[Record]]:
+        """The file in portions, in order."""
+        self._start()
+        yield from self._records.blocks()
+        self.sha256 = self._records.sha256
+
+    def rows_of(self, block: Lines | list[Record]) -> Iterator[Row]:
+        """The good rows of a portion; what was counted is added to the counts."""
+        return self._rows(self._records.decoded(block))
+
+    @property
+    def position(self) -> int:
+        """Bytes of the file read so far."""
+        return self._records.position
+
+    def finish(self) -> None:
+        """After the last row: raise UserError if rows are bad, unless skip_bad_rows and others are good."""
+        if self.n_bad and (not self.skip_bad_rows or self.n_bad == self.rows_in):
+            raise bad_rows(self.path, self.bad, self.n_bad, self.rows_in)
+
+    def _rows(self, records: Iterable[Record]) -> Iterator[Row]:
         for number, line, record in records:
-            if self.rows_in == 0:
-                self._check_columns(records)
+            if not self._columns_checked:
+                self._check_columns(self._records)
+                self._columns_checked = True
             self.rows_in += 1
             try:
                 if type(record) is not dict:
@@ -132,15 +185,12 @@ class RowReader:
             except Bad as fault:
                 self.n_bad += 1
                 if self.n_bad <= SHOWN:
-                    place = "" if number == line and records.line_is_row else f"row {number}: "
+                    place = "" if number == line and self._records.line_is_row else f"row {number}: "
                     self.bad.append(f"{self.path}:{line}: {place}{fault}")
                 continue
             if row is not None:
                 self.rows_kept += 1
                 yield row
-        self.sha256 = records.sha256
-        if self.n_bad and (not self.skip_bad_rows or self.n_bad == self.rows_in):
-            raise bad_rows(self.path, self.bad, self.n_bad, self.rows_in)
 
     def _check_columns(self, records: RecordReader) -> None:
         """CSV and parquet: a needed column that is missing is one finding, not one for each row."""

@@ -19,6 +19,7 @@ from torch import nn
 from common.chat import Chat
 from common.checkpoint import TrainState, check_space, checkpoints, read_state, save_checkpoint
 from common.config import differences, level, to_dict
+from common.data import Part, Parts
 from common.faults import RankLost, UserError
 from common.loss import LossModel, choose_attention
 from common.material import Material, gather, recommended_weights
@@ -108,8 +109,16 @@ def gather_material(run: Run, chat: Chat, base_config: object) -> Material:
     if weights == "recommended":
         weights = recommended_weights(config.dataset_paths, _parameters(base_config))
         run.say(f"weights recommended for a model of this size: {' '.join(f'{w:g}' for w in weights)}")
-    progress = lambda rows: run.watch.through(
-        tqdm(rows, desc=f"reading {rows.path}", unit=" rows", disable=None, leave=False), f"reading {rows.path}")
+
+    def progress(parts: Parts) -> Iterator[Part]:
+        what, n = f"tokenising {parts.path}", 0
+        with tqdm(total=parts.size, desc=what, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            for part in run.watch.through(parts, what, every=1):
+                n += part.rows.rows_in
+                bar.update(parts.position - bar.n)
+                bar.set_postfix_str(f"{n:,} rows, {n / max(bar.format_dict['elapsed'], .1):,.0f} rows/s")
+                yield part
+
     found = []
     on_main(run.watch, lambda: found.append(gather(config, chat, rows_per_step(run), weights, progress)))
     return found[0] if found else gather(config, chat, rows_per_step(run), weights, progress)

@@ -16,7 +16,8 @@ def describe_data(material: Material) -> list[str]:
         meta = d.meta
         lines.append(f"{d.path}: {meta['rows_in']:,} rows -> {meta['examples']:,} examples, {meta['tokens']:,} tokens "
                      f"({meta['trained_tokens']:,} trained); train {len(train):,}, validation {len(val):,}"
-                     + (f", test {len(test):,}" if len(test) else "") + f"; cached as {d.name}-{meta['sha256'][:7]}")
+                     + (f", test {len(test):,}" if len(test) else "")
+                     + f"; cached as {d.name}-{meta['sha256'][:7]}, made at {meta['rows_per_second']:,} rows/s")
         dropped = [f"{n:,} {reason}" for reason, n in meta["dropped"].items() if n]
         dropped += [f"{meta['rows_bad']:,} bad (--skip_bad_rows)"] if meta["rows_bad"] else []
         if dropped:

@@ -7,7 +7,6 @@ the two on the user's own text before anything is trained.
 from __future__ import annotations
 
 import hashlib
-import os
 import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +76,7 @@ class SentencePiece:
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         """As encode, each text's ids as int32 (T,): no Python number is made for a token."""
         texts = [self.prepare(t) for t in texts] if self.normalises else texts
-        return self.native.encode(texts, num_threads=os.cpu_count() or 1, return_type="numpy")
+        return self.native.encode(texts, num_threads=1, return_type="numpy")
 
 
 def to_fast(sp: SentencePiece) -> PreTrainedTokenizerFast:
