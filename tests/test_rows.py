@@ -372,8 +372,8 @@ LONG = '{"prompt": "' + "a" * 900  # over the limit of a line, which is 600 byte
 
 @pytest.mark.parametrize("content", [
     GOOD * 40, "\ufeff" + GOOD * 40, GOOD * 3 + "\n \r\n" * 200 + GOOD, GOOD.replace("\n", "\r\n") * 9,
-    GOOD * 9 + GOOD[:-5], (GOOD + "{\n[1]\n" + GOOD[:-1] + " x\n") * 9, GOOD + LONG + '", "response": "b"}\n' + GOOD * 2,
-    GOOD + LONG, (GOOD + LONG + "\n") * 3 + GOOD * 20, GOOD[:-1],
+    GOOD * 9 + GOOD[:-5], (GOOD + "{\n[1]\n" + GOOD[:-1] + " x\n") * 9,
+    GOOD + LONG + '", "response": "b"}\n' + GOOD * 2, GOOD + LONG, (GOOD + LONG + "\n") * 3 + GOOD * 20, GOOD[:-1],
     '[{"prompt": "a", "response": "b"}, {"prompt": "c", "response": ""}]', "prompt,response\na,b\nc\nd,e\n"])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_blocks_hold_the_rows_of_the_file(tmp_path, monkeypatch, content, zipped):
