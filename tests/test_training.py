@@ -199,8 +199,9 @@ RESUMES = {
     "lora-no_packing": {"no_packing": True, "lora_r": 4},
     "full-packing": {"no_lora": True},
     "full-no_packing": {"no_lora": True, "no_packing": True},
-    "early-stopping-lora": {"learning_rate": 0.3, "early_stopping_patience": 4, "eval_steps": 1},
-    "early-stopping-full": {"learning_rate": 0.1, "early_stopping_patience": 4, "eval_steps": 1, "no_lora": True},
+    "early-stopping-lora": {"early_stopping_patience": 6, "early_stopping_threshold": 5, "eval_steps": 1},
+    "early-stopping-full": {"early_stopping_patience": 6, "early_stopping_threshold": 5, "eval_steps": 1,
+                            "no_lora": True},
     "neftune-adafactor": {"neftune_noise_alpha": 5, "optim": "adafactor"},
 }
 

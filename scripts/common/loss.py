@@ -20,6 +20,7 @@ from common.chat import Encoded
 from common.faults import UserError
 
 CHUNK_ELEMENTS = 2**24  # logits that exist at a time (64 MiB in fp32): large enough for full GEMM speed
+BLOCK_ELEMENTS = 2**19  # logits whose exponentials are taken at a time on CPU (2 MiB in fp32)
 PACKED = "sft_packed"  # the name under which packed_attention is known to transformers
 
 
@@ -40,12 +41,15 @@ class Batch:
         return Batch(**{**vars(self), **moved})
 
 
-def make_batch(rows: list[list[Encoded]], pad_id: int, pad_to_multiple_of: int = 1) -> Batch:
-    """Lay rows of examples side by side; the padding after the last example of a row is a segment of its own.
+def make_batch(rows: list[list[Encoded]], pad_id: int, pad_to_multiple_of: int = 1, flat: bool = False) -> Batch:
+    """Lay rows of examples below each other, or (flat) behind each other in one row, which needs no padding between
+    them; the padding after the last example of a row is a segment of its own.
 
     No rows (a rank that has nothing to do in this step) give one padding token and no target.
     """
-    width = max([sum(len(e.input_ids) for e in row) for row in rows], default=1)
+    if flat:
+        rows = [[e for row in rows for e in row]]
+    width = max([1, *(sum(len(e.input_ids) for e in row) for row in rows)])
     width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
     input_ids = np.full((max(len(rows), 1), width), pad_id, np.int64)
     position_ids = np.zeros_like(input_ids)
@@ -139,8 +143,10 @@ class HeadLoss(torch.autograd.Function):
     """Sum of cross entropies of hidden states against a vocabulary matrix, chunk by chunk; the gradient is computed in
     the forward pass, so no logits are kept (the idea of Liger-Kernel's fused linear cross entropy, arXiv:2410.10989).
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> float64 scalar. GEMMs run in `dtype`; log-sum-exp
-    and sums in fp32 and fp64.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> float64 scalar. GEMMs run in `dtype`; exponentials
+    and sums in fp32 and fp64. With e = exp(logits - largest) and s = sum(e), the gradient of the logits is
+    e / s - onehot(target). Only e is ever written out: 1 / s and the target are applied to the products with it, which
+    are V / H times smaller.
     """
 
     @staticmethod
@@ -154,20 +160,21 @@ class HeadLoss(torch.autograd.Function):
         d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_b else None
         chunk = max(64, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, len(targets), chunk):
-            part, wanted = hidden[start:start + chunk].detach().to(dtype), targets[start:start + chunk, None]
-            logits = _logits(part, matrix, bias)  # (chunk, V)
-            log_sum = torch.logsumexp(logits, 1, keepdim=True)
-            total += (log_sum - logits.gather(1, wanted)).sum(dtype=torch.float64)
-            if need_h or need_w or need_b:
-                d_logits = logits.sub_(log_sum).exp_()  # softmax
-                d_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
-                if need_b:
-                    d_bias += d_logits.sum(0)
-                d_logits = d_logits.to(dtype)
-                if need_h:
-                    d_hidden[start:start + chunk] = d_logits @ matrix
-                if need_w:
-                    d_weight += d_logits.t() @ part
+            part, wanted = hidden[start:start + chunk].detach().to(dtype), targets[start:start + chunk]
+            logits = part @ matrix.t() if bias is None else _logits(part, matrix, bias)  # (chunk, V)
+            right = logits.gather(1, wanted[:, None]).float()
+            largest, sums = _exponentials(logits)  # logits hold e from here on
+            total += (sums.log() + largest - right).sum(dtype=torch.float64)
+            share = sums.reciprocal()  # (chunk, 1)
+            if need_b:
+                d_bias += (logits.t() @ share.to(logits.dtype))[:, 0].float()
+                d_bias.index_add_(0, wanted, torch.full_like(share[:, 0], -1))
+            logits = logits.to(dtype)
+            if need_h:
+                d_hidden[start:start + chunk] = (logits @ matrix) * share - matrix[wanted]
+            if need_w:
+                d_weight += logits.t() @ (part * share).to(dtype)
+                d_weight.index_add_(0, wanted, part.float(), alpha=-1)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.weight_dtype = weight.dtype
         return total
@@ -178,6 +185,21 @@ class HeadLoss(torch.autograd.Function):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         return (scale(d_hidden, d_hidden.dtype if d_hidden is not None else None), scale(d_weight, ctx.weight_dtype),
                 scale(d_bias, ctx.weight_dtype), None, None)
+
+
+def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace logits (N, V) by exp(logits - largest of the row); return the largest and the sums of the rows, fp32
+    (N, 1)."""
+    largest = logits.amax(1, keepdim=True).float()
+    sums = torch.empty_like(largest)
+    # on CPU so many rows at a time that their fp32 copy stays in the second-level cache
+    block = len(logits) if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
+    for start in range(0, len(logits), block):
+        rows = slice(start, start + block)
+        exponentials = torch.sub(logits[rows], largest[rows]).exp_()
+        torch.sum(exponentials, 1, keepdim=True, out=sums[rows])
+        logits[rows] = exponentials
+    return largest, sums
 
 
 def _logits(hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -197,8 +219,14 @@ class LossModel(nn.Module):
         self.attention = attention
         self.plain_head = False  # set where the head does more than a product with its matrix (`prove_loss`)
         self.takes_positions = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
-        if neftune_noise_alpha:
+        self.noisy = bool(neftune_noise_alpha)
+        if self.noisy:
             model.get_input_embeddings().register_forward_hook(_neftune(neftune_noise_alpha))
+
+    @property
+    def flat(self) -> bool:
+        """Whether rows may lie behind each other: attention is told the segments, and nothing depends on the width."""
+        return self.attention in (PACKED, "flash_attention_2") and not (self.noisy or self.plain_head)
 
     @property
     def causal_lm(self) -> nn.Module:

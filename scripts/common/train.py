@@ -97,10 +97,11 @@ def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torc
     # every rank does the same number of passes, with an empty batch where it has no rows: their reductions must pair
     passes = max(1, math.ceil(math.ceil(plan.row_count(step) / world) / size))
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    flat = accelerator.unwrap_model(model).flat
     model.train()
     for i in range(passes):
         examples = [material.examples(row) for row in rows[i * size:(i + 1) * size]]
-        batch = make_batch(examples, material.pad_id, config.pad_to_multiple_of or 1).to(accelerator.device)
+        batch = make_batch(examples, material.pad_id, config.pad_to_multiple_of or 1, flat).to(accelerator.device)
         last = i == passes - 1
         with nullcontext() if last else accelerator.no_sync(model):
             loss = model(**batch_inputs(batch))
@@ -154,7 +155,8 @@ def evaluate_loss(accelerator: Accelerator, loss_model: LossModel, datasets: lis
     batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
     for chosen in batches[accelerator.process_index::accelerator.num_processes]:
         at("the evaluation")
-        batch = make_batch([[datasets[s].example(int(e)) for s, e in row] for row in chosen], pad_id)
+        examples = [[datasets[s].example(int(e)) for s, e in row] for row in chosen]
+        batch = make_batch(examples, pad_id, flat=loss_model.flat)
         with accelerator.autocast():
             losses, _ = loss_model.token_losses(batch.to(accelerator.device))
         source = np.array([s for row in chosen for s, _ in row])[batch.owners]
