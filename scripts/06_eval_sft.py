@@ -2,14 +2,19 @@
 
     python scripts/06_eval_sft.py --gen_only                                 # answers of the newest finished run
     python scripts/06_eval_sft.py --model_path checkpoints/sft/first --dataset_paths data/sft/eval.jsonl
+    python scripts/06_eval_sft.py --compare checkpoints/sft/first checkpoints/sft/second
+    python scripts/06_eval_sft.py --golden prompts.jsonl       # exit status 1 if an answer is not as it has to be
+    python scripts/06_eval_sft.py --predict rows.jsonl         # or --chat
 
 In: a run of 03_sft.py, a model or adapter directory, or a Hub id, and files of rows (without any: the run's validation
-rows). Out, in OUTPUT_DIR: eval_results.json, samples.jsonl, report.html; with --gen_only gen_samples.jsonl alone.
+rows). Out, in OUTPUT_DIR: eval_results.json, samples.jsonl, report.html; with --gen_only gen_samples.jsonl, with
+--compare compare.json and compare_samples.jsonl, with --predict predictions.jsonl; with --golden and --chat nothing.
 
-The base model is asked the same rows, once through the chat template and once in plain text (the first line it says is
-its answer); for its answers and for its loss the better way counts. In eval_results.json the numbers at the top are
-those of the first data set ("main"); those of a further data set NAME follow as exact_match_NAME and so on;
-"datasets" has each in full, "total" all rows together. common/evaluate.py says what each number means.
+The base model is asked the same rows, once through the chat template and once in plain text (where a short answer is
+expected, the first line it says is its answer); for its answers and for its loss the better way counts. In
+eval_results.json the numbers at the top are those of the first data set ("main"); those of a further data set NAME
+follow as exact_match_NAME and so on; "datasets" has each in full, "total" all rows together. common/scores.py says what
+each number means, common/golden.py how golden prompts are written. Several processes share the rows.
 """
 from __future__ import annotations
 
@@ -17,24 +22,32 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import level, parse, setting
-from common.faults import UserError, run_main
-from common.settings import TEMPLATES, dataset_name
+from common.faults import CheckFailed, UserError, run_main
+from common.settings import TEMPLATES
 
 if TYPE_CHECKING:
     from torch import nn
 
     from common.chat import Chat
-    from common.evaluate import Case, Measured, Options
+    from common.evaluate import Measured, Options
+    from common.questions import EvalSet
     from common.subject import Baseline, Subject
+    from common.team import Team
 
+Say = Callable[[str], None]
 RUNS = Path("checkpoints/sft")
+NOT_WITH = {  # task -> settings that would change nothing in it
+    "gen_only": ("baseline_path",), "chat": ("baseline_path", "dataset_paths", "max_eval_samples", "skip_bad_rows",
+                                             "num_gen_samples", "per_device_eval_batch_size", "output_dir"),
+    "predict": ("baseline_path", "dataset_paths", "num_gen_samples"),
+    "golden": ("baseline_path", "dataset_paths", "max_eval_samples", "skip_bad_rows", "num_gen_samples", "output_dir"),
+    "compare": ("baseline_path", "model_path", "num_gen_samples")}
 
 
 @dataclass
@@ -67,8 +80,16 @@ class EvalConfig:
     seed: int = setting(42, "Decides which rows are taken, sampling, and the resampling of intervals.",
                         within="[0, 4294967295]")
 
-    gen_only: bool = setting(False, "Answer some prompts and print them, measure nothing.", group="Answers")
-    num_gen_samples: int = setting(5, "Answers printed; with --gen_only: prompts answered.", within="[1, inf)")
+    gen_only: bool = setting(False, "Answer some prompts and print them, measure nothing.", group="What is done")
+    compare: list[str] = setting([], "Measure these runs or models on the same rows, side by side; differences are to "
+                                 "the first.", path="hub")
+    golden: str | None = setting(None, "File of golden prompts; exit status 1 if an answer is not as it has to be.",
+                                 path=True)
+    predict: str | None = setting(None, "File of rows to be answered; their own answers are not read.", path=True)
+    chat: bool = setting(False, "Talk with the model in the terminal.")
+
+    num_gen_samples: int = setting(5, "Answers printed; with --gen_only: prompts answered.", within="[1, inf)",
+                                   group="Answers")
     max_new_tokens: int = setting(128, "Longest answer.", unit="tokens", within="[1, inf)")
     temperature: float = setting(0.0, "0 takes the likeliest token; 1 samples as the model says.", within="[0, inf)")
     top_p: float = setting(1.0, "Sample from the likeliest tokens that together have this probability.",
@@ -83,201 +104,244 @@ class EvalConfig:
         found = []
         if self.top_p < 1 and self.temperature == 0:
             found.append("--top_p: it changes nothing at temperature 0. Give --temperature too, or leave it out.")
-        if self.gen_only and level(self, "baseline_path") == 2 and self.baseline_path:
-            found.append("--baseline_path: --gen_only compares nothing. Leave one of them out.")
+        modes = [mode for mode in NOT_WITH if getattr(self, mode)]
+        if len(modes) > 1:
+            found.append(f"--{' --'.join(modes)}: each of them is a task of its own. Give one.")
+        found += [f"--{name}: it changes nothing with --{mode}. Leave one of them out." for mode in modes
+                  for name in NOT_WITH[mode] if level(self, name) == 2 and getattr(self, name)]
+        if self.compare and len({*self.compare}) < max(2, len(self.compare)):
+            found.append("--compare: name two or more different runs.")
         return found
-
-
-@dataclass
-class EvalSet:
-    """The rows of one file."""
-
-    name: str
-    path: str
-    cases: list[Case]
-    counts: dict = field(default_factory=dict)
 
 
 def main(argv: list[str]) -> int:
     config = parse(EvalConfig, argv, __doc__, config_flag=None)
-    missing = [path for path in config.dataset_paths if not Path(path).is_file()]
-    if missing:
-        raise UserError(f"{', '.join(missing)}: no such file. Check --dataset_paths, or make it with "
-                        "scripts/prepare_sft_datasets.py.")
+    for name in ("dataset_paths", "golden", "predict"):
+        given = getattr(config, name) or []
+        missing = [path for path in ([given] if isinstance(given, str) else given) if not Path(path).is_file()]
+        if missing:
+            raise UserError(f"{', '.join(missing)}: no such file. Check --{name}" + (
+                ", or make it with scripts/prepare_sft_datasets.py." if name == "dataset_paths" else "."))
 
-    from common.model import quiet_libraries, tune_allocator
-    from common.subject import find_baseline, find_subject, load_for, newest_run, open_chat, open_model
+    from common.model import quiet_libraries, tune_allocator, use_cores
+    from common.team import joined_team
 
     tune_allocator()
     quiet_libraries()
-    started = time.time()
-    if not config.model_path:
-        config.model_path = str(newest_run(RUNS))
-        say(f"model {config.model_path}, the newest finished run")
-    subject = find_subject(config.model_path)
-    sets = read_sets(config, subject)
-    sets = few_prompts(config, sets) if config.gen_only else sets
-    chat = open_chat(subject, config.tokenizer_path, config.prompt_template, texts_of(sets), say)
-    options = {"dtype": config.dtype, "seed": config.seed, "say": say}
-    model = open_model(subject, chat, merged=not config.use_lora, **options)
-    if config.gen_only:
-        return show_answers(config, model, chat, sets)
-
-    tuned = measure_all(config, model, chat, sets, "tuned")
-    del model  # its memory is the baseline's
-    other = find_baseline(subject, config.baseline_path, config.tokenizer_path, config.prompt_template, say)
-    baseline = measure_baseline(config, other, sets, load_for) if other else None
-    leave(config, subject, other, sets, tuned, baseline, time.time() - started)
+    with joined_team() as team:
+        say = (lambda line: print(line, flush=True)) if team.main else (lambda line: None)
+        for line in use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+            say(line)
+        tasks = {"gen_only": show_answers, "chat": talk, "predict": predict, "golden": check_golden,
+                 "compare": compare_runs}
+        task = next((tasks[mode] for mode in NOT_WITH if getattr(config, mode)), evaluate)
+        task(config, team, say)
     return 0
 
 
-def say(line: str) -> None:
-    """Print at once."""
-    print(line, flush=True)
+# ---- tasks
 
+def evaluate(config: EvalConfig, team: Team, say: Say) -> None:
+    """The numbers of a model beside its base's, its answers, and the report."""
+    from common.evaluate import measure_all
+    from common.subject import find_baseline, load_for
 
-# ---- rows
-
-def read_sets(config: EvalConfig, subject: Subject) -> list[EvalSet]:
-    """Read the rows: --dataset_paths, else the run's validation rows, else (--gen_only) a few built-in prompts."""
-    from common.evaluate import BUILT_IN_PROMPTS, Case
-    from common.rows import Row
-
-    paths = config.dataset_paths
-    if not paths and subject.run_dir and (subject.run_dir / "val.jsonl").exists():
-        paths = [str(subject.run_dir / "val.jsonl")]
-        say(f"rows: {paths[0]}, held out from training")
-    if paths:
-        sets: list[EvalSet] = []
-        for path in paths:
-            sets.append(read_set(config, path, roles_of(subject, config.prompt_template), [s.name for s in sets]))
-        return sets
-    if not config.gen_only:
+    started = time.time()
+    subject = find(config, say)
+    sets = rows_of(config, subject, say)
+    if not sets:
         raise UserError(f"{subject.path}: it has no val.jsonl, so there are no rows to measure on. Name files with "
                         "--dataset_paths, or look at some answers with --gen_only.")
-    say("prompts: built-in ones; --dataset_paths takes files of your own")
-    asked = [[{"role": "user", "content": p}] for p in BUILT_IN_PROMPTS]
-    return [EvalSet("built-in", "", [Case(Row(i, m), "built-in", m, None) for i, m in enumerate(asked, 1)])]
+    model, chat, stops = opened(config, subject, sets, say)
+    options = options_of(config, team)
+    tuned = measure_all(model, chat, sets, options, "tuned", say)
+    del model  # its memory is the baseline's
+    other = find_baseline(subject, config.baseline_path, config.tokenizer_path, config.prompt_template, say)
+    baseline = measure_baseline(config, other, chat, sets, options, load_for, say) if other else None
+    if team.main:
+        leave(config, subject, other, sets, tuned, baseline, stops, time.time() - started, say)
 
 
-def roles_of(subject: Subject, asked: str | None = None) -> dict[str, str | tuple]:
-    """The run's names of roles, and those of the template file that is asked for or that it was trained with."""
-    from common.template_file import facts, read_template_file, role_map
+def show_answers(config: EvalConfig, team: Team, say: Say) -> None:
+    """Answer some prompts, print them, and write gen_samples.jsonl."""
+    from common.evaluate import answer
+    from common.questions import built_in, few_prompts
 
-    template = Path(subject.path) / "chat_template.jinja"
-    if asked and asked.endswith((".yaml", ".yml")):
-        found = role_map(read_template_file(asked))
-    else:
-        found = facts(template.read_text(encoding="utf-8"))["roles"] if template.is_file() else {}
-    return dict(entry.split("=", 1) for entry in subject.settings.get("role_map", [])) | found
-
-
-def read_set(config: EvalConfig, path: str, roles: dict[str, str | tuple], taken: list[str]) -> EvalSet:
-    """Read a file of rows, or a seeded choice of them in their order. Raises UserError for bad rows."""
-    import numpy as np
-    from tqdm import tqdm
-
-    from common.evaluate import make_case
-    from common.rows import RowReader
-
-    stem = dataset_name(path)
-    reader = RowReader(path, skip_bad_rows=config.skip_bad_rows, role_map=roles, mixed=stem in ("val", "test"))
-    name = stem if stem not in taken else f"{stem}-{len(taken) + 1}"
-    rows = list(tqdm(reader, desc=f"reading {path}", unit=" rows", disable=None, leave=False))
-    counts = {"rows_in": reader.rows_in, "bad": reader.n_bad, "dropped": dict(reader.dropped), "kept": reader.rows_kept}
-    if config.max_eval_samples and len(rows) > config.max_eval_samples:
-        chosen = np.random.default_rng([config.seed, 5]).permutation(len(rows))[:config.max_eval_samples]
-        rows = [rows[i] for i in sorted(chosen)]
-    if not rows:
-        raise UserError(f"{path}: no row is left to evaluate on.")
-    gone = [f"{n:,} {reason}" for reason, n in reader.dropped.items()]
-    gone += [f"{reader.n_bad:,} bad"] if reader.n_bad else []
-    say(f"{path}: {reader.rows_in:,} rows, {len(rows):,} taken" + (f" (dropped: {'; '.join(gone)})" if gone else ""))
-    return EvalSet(name, path, [make_case(row, row.source or name) for row in rows], counts | {"taken": len(rows)})
-
-
-def few_prompts(config: EvalConfig, sets: list[EvalSet]) -> list[EvalSet]:
-    """A seeded choice of num_gen_samples rows of all sets together."""
-    import numpy as np
-
-    asked = [(s, case) for s in sets for case in s.cases if case.asks(continued=True)]
-    if not asked:
-        raise UserError(f"{', '.join(s.path for s in sets)}: no row asks anything. Give rows with a prompt before the "
-                        "answer, or plain text.")
-    chosen = sorted(np.random.default_rng([config.seed, 7]).permutation(len(asked))[:config.num_gen_samples])
+    subject = find(config, say)
+    sets = rows_of(config, subject, say)
+    if not sets:
+        say("prompts: built-in ones; --dataset_paths takes files of your own")
+        sets = [built_in()]
+    sets = few_prompts(sets, config.num_gen_samples, config.seed)
+    model, chat, _ = opened(config, subject, sets, say)
+    lines = []
     for s in sets:
-        s.cases = [case for i in chosen for t, case in [asked[i]] if t is s]
-    return [s for s in sets if s.cases]
+        answers, texts = answer(model, chat, s.cases, options_of(config, team), continued=True)
+        for case, one, text in zip(s.cases, answers, texts):
+            lines.append({"dataset": s.name, "source": case.source, "prompt": case.prompt, "reference": case.reference,
+                          "prediction": text, "stopped": one.stopped})
+            show(lines[-1], say)
+    if team.main:
+        write_lines(output_dir(config) / "gen_samples.jsonl", lines, "answers", say)
 
 
-def texts_of(sets: list[EvalSet], most: int = 200) -> list[str]:
-    """What the first rows of each set say."""
-    texts = [m["content"] for s in sets for case in s.cases[:most] for m in case.row.messages or [] if m["content"]]
-    return texts + [case.row.text for s in sets for case in s.cases[:most] if case.row.messages is None]
+def compare_runs(config: EvalConfig, team: Team, say: Say) -> None:
+    """The numbers of several models on the same rows, and how they differ from the first."""
+    from common.checkpoint import atomic_json
+    from common.compare import check_same_rows, comparison, short_names, side_by_side
+    from common.config import to_dict
+    from common.evaluate import measure_all
+    from common.subject import find_subject
+    from common.tables import comparison_table
+
+    config.model_path = config.compare[0]
+    subjects = [find_subject(path) for path in config.compare]
+    check_same_rows(subjects, config.dataset_paths)
+    sets = rows_of(config, subjects[0], say)
+    names, measured, turns = short_names(config.compare), [], None
+    for name, subject in zip(names, subjects):
+        say(f"{name}: {subject.path}")
+        model, chat, _ = opened(config, subject, sets, say)
+        turns = chat.assistant_turns = turns or chat.assistant_turns  # the same answers are measured of all
+        measured.append(measure_all(model, chat, sets, options_of(config, team), name, say))
+        del model
+    if not team.main:
+        return
+    found = comparison(names, sets, measured, config.seed)
+    found |= {"paths": dict(zip(names, config.compare)), "rows_read": {s.name: s.counts for s in sets},
+              "settings": to_dict(config)}
+    place = output_dir(config)
+    place.mkdir(parents=True, exist_ok=True)
+    atomic_json(place / "compare.json", found)
+    say(comparison_table(found))
+    say(str(place / "compare.json"))
+    write_lines(place / "compare_samples.jsonl", side_by_side(names, sets, measured), "answers", say)
 
 
-def train_answers(subject: Subject) -> Counter[str] | None:
-    """The short answers in the run's training files, counted; None if the run or its files are not there."""
-    from common.evaluate import is_short, make_case
-    from common.rows import RowReader
+def check_golden(config: EvalConfig, team: Team, say: Say) -> None:
+    """Ask the golden prompts; print every answer that is not as it has to be; CheckFailed if there is one."""
+    from common.evaluate import answer
+    from common.golden import findings, read_golden
+    from common.questions import EvalSet, roles_of
 
-    staged = [d["path"] for stage in subject.settings.get("stages") or [] for d in stage["datasets"]]
-    paths = [p for p in dict.fromkeys([*subject.settings.get("dataset_paths", []), *staged]) if Path(p).is_file()]
-    found: Counter[str] = Counter()
-    for path in paths:
-        for row in RowReader(path, skip_bad_rows=True, role_map=roles_of(subject)):
-            case = make_case(row, "")
-            if case.context and is_short(case.reference):
-                found[case.reference.strip()] += 1
-    return found or None
+    subject = find(config, say)
+    goldens = read_golden(config.golden, roles_of(subject, config.prompt_template))
+    cases = [golden.case for golden in goldens]
+    model, chat, _ = opened(config, subject, [EvalSet("golden", config.golden, cases)], say)
+    longest = [golden.longest(config.max_new_tokens) for golden in goldens]
+    answers, texts = answer(model, chat, cases, options_of(config, team), longest=longest)
+    failed = []
+    for golden, one, text in zip(goldens, answers, texts):
+        wrong = findings(golden, text, one)
+        if wrong:
+            place = f"{config.golden}:{golden.case.row.line}"
+            failed.append(place)
+            say(f"FAILED {place}: {'; '.join(wrong)}\n> {golden.case.prompt[:1000]}\n{text}\n")
+    say(f"golden prompts: {len(goldens) - len(failed):,} of {len(goldens):,} passed")
+    if failed:
+        more = f" and {len(failed) - 5:,} more" if len(failed) > 5 else ""
+        raise CheckFailed(f"{len(failed):,} of {len(goldens):,} golden prompts failed: {', '.join(failed[:5])}{more}.")
+
+
+def predict(config: EvalConfig, team: Team, say: Say) -> None:
+    """Answer every row of a file; write them as `messages`, in their order."""
+    from common.evaluate import answer
+    from common.questions import QuestionReader, question, read_set, roles_of
+    from common.rows import row_to_json
+
+    subject = find(config, say)
+    reader = QuestionReader(config.predict, roles_of(subject, config.prompt_template),
+                            skip_bad_rows=config.skip_bad_rows)
+    rows = read_set(reader, "predict", question, config.max_eval_samples, config.seed, say)
+    model, chat, _ = opened(config, subject, [rows], say)
+    answers, texts = answer(model, chat, rows.cases, options_of(config, team))
+    if not team.main:
+        return
+    lines = [row_to_json(replace(case.row, messages=[*case.context, {"role": "assistant", "content": text}]))
+             | {"stopped": one.stopped} for case, one, text in zip(rows.cases, answers, texts)]
+    longer = sum(not one.stopped for one in answers)
+    if longer:
+        say(f"{longer:,} answers did not stop by themselves (\"stopped\": false); {sum(one.cut for one in answers):,} "
+            "of them because the context was full")
+    write_lines(output_dir(config) / "predictions.jsonl", lines, "answers", say)
+
+
+def talk(config: EvalConfig, team: Team, say: Say) -> None:
+    """Talk with the model."""
+    from common.converse import converse
+
+    if team.world > 1:
+        raise UserError("--chat: several processes cannot read one terminal. Start it with python alone.")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a pipe may hold anything
+    model, chat, _ = opened(config, find(config, say), [], say)
+    converse(model, chat, options_of(config, team))
+
+
+# ---- model and rows
+
+def find(config: EvalConfig, say: Say) -> Subject:
+    """The model that was asked for, or the newest finished run."""
+    from common.subject import find_subject, newest_run
+
+    if not config.model_path:
+        config.model_path = str(newest_run(RUNS))
+        say(f"model {config.model_path}, the newest finished run")
+    return find_subject(config.model_path)
+
+
+def rows_of(config: EvalConfig, subject: Subject, say: Say) -> list[EvalSet]:
+    """The rows of --dataset_paths, else of the run's val.jsonl, else none."""
+    from common.questions import read_sets, roles_of
+
+    return read_sets(subject, config.dataset_paths, roles_of(subject, config.prompt_template), config.max_eval_samples,
+                     config.seed, config.skip_bad_rows, say)
+
+
+def opened(config: EvalConfig, subject: Subject, sets: list[EvalSet], say: Say) -> tuple[nn.Module, Chat, dict]:
+    """The model with its tokenizer and template, and where its answers stop."""
+    from common.questions import texts_of
+    from common.subject import open_chat, open_model, stop_audit
+
+    chat = open_chat(subject, config.tokenizer_path, config.prompt_template, texts_of(sets), say)
+    model = open_model(subject, chat, merged=not config.use_lora, dtype=config.dtype, seed=config.seed, say=say)
+    line, stops = stop_audit(model, chat)
+    say(line)
+    return model, chat, stops
 
 
 # ---- measuring
 
-def options_of(config: EvalConfig) -> Options:
+def options_of(config: EvalConfig, team: Team) -> Options:
     """How models are asked, with progress bars on stderr."""
     from tqdm import tqdm
 
     from common.evaluate import Options
 
     def bar(what: str, total: int) -> Callable[[int], None]:
-        shown = tqdm(total=total, desc=what, unit=" rows", disable=None, leave=False)
+        shown = tqdm(total=total, desc=what, unit=" rows", disable=None if team.main else True, leave=False)
+        done = [0]
 
-        def done(n: int) -> None:
+        def add(n: int) -> None:
             shown.update(n)
-            if shown.n >= total:
+            done[0] += n
+            if done[0] >= total:
                 shown.close()
-        return done
+        return add
 
     return Options(config.per_device_eval_batch_size, config.max_new_tokens, config.temperature, config.top_p,
-                   config.seed, bar)
+                   config.seed, bar, team)
 
 
-def measure_all(config: EvalConfig, model: nn.Module, chat: Chat, sets: list[EvalSet], who: str,
-                plain: bool = False) -> list[Measured]:
-    """Measure a model on every set; `who` it is goes into the log."""
-    from common.evaluate import measure
-    from common.generate import context_limit
-
-    context = context_limit(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    found = []
-    for s in sets:
-        started = time.time()
-        found.append(measure(model, chat, s.cases, options_of(config), plain=plain, context=context))
-        longer = f"; {found[-1].left_out:,} rows longer than its {context:,} tokens have no loss" \
-            if found[-1].left_out else ""
-        say(f"{who}, {s.name}: {len(s.cases):,} rows in {time.time() - started:.0f} s{longer}")
-    return found
-
-
-def measure_baseline(config: EvalConfig, other: Baseline, sets: list[EvalSet],
-                     load_for: Callable) -> list[tuple[Measured, dict]] | None:
+def measure_baseline(config: EvalConfig, other: Baseline, tuned: Chat, sets: list[EvalSet], options: Options,
+                     load_for: Callable, say: Say) -> list[tuple[Measured, dict]] | None:
     """Measure the base through the template and in plain text; for each set the better way counts."""
     from common.chat import load_chat
-    from common.evaluate import better_of
+    from common.evaluate import better_of, measure_all
 
+    turns = tuned.assistant_turns  # the same answers are measured
     try:
-        chat = load_chat(other.tokenizer_path, other.template)
+        chat = load_chat(other.tokenizer_path, other.template, assistant_turns=turns)
         model = load_for(other.path, chat, dtype=config.dtype, seed=config.seed, say=say)
     except UserError as fault:
         if level(config, "baseline_path") == 2:
@@ -285,27 +349,10 @@ def measure_baseline(config: EvalConfig, other: Baseline, sets: list[EvalSet],
         say(f"baseline: none, because it cannot be loaded. {fault}")
         return None
     say(f"baseline {other.path}: asked through the template and plainly, the better way counts")
-    template = measure_all(config, model, chat, sets, "baseline through the template")
-    raw = load_chat(other.tokenizer_path, "raw")
-    plain = measure_all(config, model, raw, sets, "baseline in plain text", plain=True)
+    template = measure_all(model, chat, sets, options, "baseline through the template", say)
+    raw = load_chat(other.tokenizer_path, "raw", assistant_turns=turns)
+    plain = measure_all(model, raw, sets, options, "baseline in plain text", say, plain=True)
     return [better_of(a, b) for a, b in zip(template, plain)]
-
-
-def show_answers(config: EvalConfig, model: nn.Module, chat: Chat, sets: list[EvalSet]) -> int:
-    """Answer the prompts, print them, and write gen_samples.jsonl."""
-    from common.evaluate import answer
-
-    lines = []
-    for s in sets:
-        answers, texts = answer(model, chat, s.cases, options_of(config), continued=True)
-        for case, one, text in zip(s.cases, answers, texts):
-            lines.append({"dataset": s.name, "source": case.source, "prompt": case.prompt, "reference": case.reference,
-                          "prediction": text, "stopped": one.stopped})
-            show(lines[-1])
-    place = output_dir(config) / "gen_samples.jsonl"
-    write_lines(place, lines)
-    say(f"answers: {place}")
-    return 0
 
 
 # ---- results
@@ -319,31 +366,33 @@ def output_dir(config: EvalConfig) -> Path:
 
 
 def leave(config: EvalConfig, subject: Subject, other: Baseline | None, sets: list[EvalSet], tuned: list[Measured],
-          baseline: list[tuple[Measured, dict]] | None, seconds: float) -> None:
+          baseline: list[tuple[Measured, dict]] | None, stops: dict, seconds: float, say: Say) -> None:
     """Write eval_results.json, samples.jsonl and report.html; print the table and some answers."""
     from common.checkpoint import atomic_json, atomic_write
     from common.config import to_dict
     from common.evaluate import results, samples
+    from common.questions import train_answers
     from common.report import eval_report
+    from common.tables import evaluation_table
 
     pairs = [(s.name, s.cases) for s in sets]
     found = results(pairs, tuned, baseline, train_answers(subject), config.seed)
-    found |= {"model": config.model_path, "baseline_model": other.path if other and baseline else None,
+    found |= {"model": config.model_path, "baseline_model": other.path if other and baseline else None, "stops": stops,
               "rows_read": {s.name: s.counts for s in sets}, "settings": to_dict(config), "seconds": round(seconds, 1)}
     lines = samples(pairs, tuned, baseline)
     place = output_dir(config)
     place.mkdir(parents=True, exist_ok=True)
     atomic_json(place / "eval_results.json", found)
-    write_lines(place / "samples.jsonl", lines)
-    atomic_write(place / "report.html", eval_report(found, lines, subject.run_dir))
     for line in lines[:config.num_gen_samples]:
-        show(line)
-    say(table(found))
-    for name in ("eval_results.json", "samples.jsonl", "report.html"):
-        say(str(place / name))
+        show(line, say)
+    say(evaluation_table(found))
+    say(str(place / "eval_results.json"))
+    write_lines(place / "samples.jsonl", lines, "answers", say)
+    atomic_write(place / "report.html", eval_report(found, lines, subject.run_dir))
+    say(f"report: {place / 'report.html'}")
 
 
-def show(line: dict) -> None:
+def show(line: dict, say: Say) -> None:
     """Print a prompt, its answer, and the reference where it differs."""
     if line["prediction"] is None:
         return
@@ -353,46 +402,13 @@ def show(line: dict) -> None:
     say("")
 
 
-def write_lines(path: Path, lines: list[dict]) -> None:
-    """Write JSON lines, whole or not at all."""
+def write_lines(path: Path, lines: list[dict], what: str, say: Say) -> None:
+    """Write JSON lines, whole or not at all, and say where."""
     from common.checkpoint import atomic_write
 
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def table(found: dict) -> str:
-    """The numbers of every data set, base beside tuned, with 95 % intervals."""
-    from common.evaluate import METRICS
-
-    lines = []
-    for name, entry in found["datasets"].items():
-        base, apart = entry["baseline"], entry["difference"]
-        rows = [["", *(["base"] if base else []), "tuned", *(["difference"] if base else [])]]
-        for metric in METRICS:
-            if entry[metric] is None:
-                continue
-            cells = [_cell(base[metric], base["intervals"].get(metric))] if base else []
-            cells.append(_cell(entry[metric], entry["intervals"].get(metric)))
-            if metric in apart:
-                cells.append(_cell(apart[metric]["value"], (apart[metric]["low"], apart[metric]["high"]), "+"))
-            rows.append([metric.replace("_", " "), *cells])
-        widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
-        lines += ["", f"{name}: {entry['rows']:,} rows, {entry['tokens']:,} trained tokens; in brackets 95 % intervals"]
-        lines += ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
-        if entry["majority"]:
-            lines.append(f"without a model, the best rule ({entry['majority']['rule']}) has exact match "
-                         f"{entry['majority']['exact_match']:.3f}")
-        if base:
-            lines.append("the base was asked in the way that suits it better: answers "
-                         f"{base['asked']['answers']}, loss {base['asked']['loss']}")
-    return "\n".join([*lines, ""])
-
-
-def _cell(value: float | None, interval: tuple[float, float] | None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    return f"{value:{sign}.4g}" + (f" [{interval[0]:{sign}.4g} {interval[1]:{sign}.4g}]" if interval else "")
+    say(f"{what}: {path}")
 
 
 if __name__ == "__main__":

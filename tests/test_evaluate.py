@@ -12,28 +12,35 @@ import numpy as np
 import pytest
 import torch
 from conftest import chat_rows, make_llama, write_rows
+from forks import fork_main
 
 from common.chat import load_chat
 from common.evaluate import (
     Measured,
     Options,
-    answer_table,
     better_of,
-    compare,
-    loss_table,
     make_case,
     measure,
-    repeated,
     response_bytes,
     results,
-    same_text,
     score,
-    summarise,
     trivial_answers,
 )
 from common.faults import NotFinite, UserError, run_main
 from common.generate import Generated, generate
 from common.rows import Row
+from common.scores import (
+    METRICS,
+    OF_LOSSES,
+    answer_table,
+    compare,
+    loss_table,
+    on_same_rows,
+    repeated,
+    rouge_l,
+    same_text,
+    summarise,
+)
 
 SCRIPT = importlib.import_module("06_eval_sft")
 V = 60
@@ -155,13 +162,15 @@ def test_losses_do_not_depend_on_the_batch(llama: torch.nn.Module, tiny_model: s
 
 def test_numbers_by_hand() -> None:
     """Guards against a mean of row means: 3 tokens of 1 nat and 1 token of 5 nats are 2 nats a token, not 3."""
-    table = loss_table([np.ones(3), np.array([5.0])], [np.array([1, 1, 0], bool), np.array([1], bool)], [6, 2])
+    ends = [np.array([0, 0, 1], bool), np.array([1], bool)]
+    table = loss_table([np.ones(3), np.array([5.0])], [np.array([1, 1, 0], bool), np.array([1], bool)], [6, 2], ends)
     table |= answer_table([Generated([1, 2, 3, 4, 1, 2, 3, 4], True), Generated([1], False)], ["four apples", "Red "],
                           ["four", "Red"])
     found = summarise(table)
     assert found["loss"] == 2.0 and found["perplexity"] == math.exp(2.0) and found["token_accuracy"] == 0.75
     assert found["bits_per_byte"] == pytest.approx(8 / math.log(2) / 8)
     assert found["exact_match"] == 0.5 and found["starts_right"] == 1.0 and found["stopped"] == 0.5
+    assert found["end_probability"] == (math.exp(-1) + math.exp(-5)) / 2
     assert found["mean_length"] == 4.5 and found["repetition"] == 0.2 and (found["rows"], found["tokens"]) == (2, 4)
 
 
@@ -177,7 +186,8 @@ def test_long_references_are_not_compared() -> None:
     answers, references = [Generated([1], True)] * 4, ["x" * 64, "x" * 65, "a\nb", None]
     table = answer_table(answers, [r or "" for r in references], references)
     assert table["exact_match"].tolist() == [[1, 1], [0, 0], [0, 0], [0, 0]]
-    assert summarise(table | loss_table([np.zeros(0)] * 4, [np.zeros(0, bool)] * 4, [0] * 4))["loss"] is None
+    assert summarise(table | loss_table([np.zeros(0)] * 4, [np.zeros(0, bool)] * 4, [0] * 4,
+                                        [np.zeros(0, bool)] * 4))["loss"] is None
 
 
 def test_repetition_counts_what_came_before() -> None:
@@ -189,7 +199,8 @@ def tables(rows: int, seed: int, chance: float) -> dict:
     rng = np.random.default_rng(seed)
     right = rng.random(rows) < chance
     table = answer_table([Generated([1], True)] * rows, ["a" if r else "b" for r in right], ["a"] * rows)
-    return table | loss_table([rng.random(3) for _ in range(rows)], [np.ones(3, bool)] * rows, [3] * rows)
+    ends = [np.array([0, 0, 1], bool)] * rows
+    return table | loss_table([rng.random(3) for _ in range(rows)], [np.ones(3, bool)] * rows, [3] * rows, ends)
 
 
 def test_intervals_are_seeded_and_as_wide_as_theory_says() -> None:
@@ -208,6 +219,53 @@ def test_a_difference_is_paired() -> None:
     table = tables(50, 0, 0.5)
     _, _, apart = compare(table, table)
     assert all((d["value"], d["low"], d["high"]) == (0, 0, 0) for d in apart.values())
+
+
+def test_intervals_do_not_depend_on_the_order_of_rows() -> None:
+    """Guards against a bootstrap that draws places in the file: the same rows in another order gave other intervals."""
+    a, b, mixed = tables(50, 0, 0.5), tables(50, 1, 0.7), np.random.default_rng(2).permutation(50)
+    moved = [{name: values[mixed] for name, values in table.items()} for table in (a, b)]
+    for found, expected in zip(compare(*moved, seed=5), compare(a, b, seed=5)):
+        assert found.keys() == expected.keys() == {m for m in METRICS if m != "repetition"}
+        for name in found:
+            assert np.allclose(*(list(x[name].values()) if isinstance(x[name], dict) else x[name]
+                                 for x in (found, expected)), rtol=1e-12, atol=0)
+
+
+def test_a_difference_is_of_rows_that_both_could_read() -> None:
+    """Guards against a model with a short context that looks better because the long rows are missing from its mean."""
+    a, b = tables(20, 0, 0.5), tables(20, 0, 0.5)
+    b["loss"][7:] = b["bits_per_byte"][7:] = b["token_accuracy"][7:] = b["end_probability"][7:] = 0
+    assert summarise(a)["loss"] != summarise(b)["loss"]
+    assert all(d["value"] == d["low"] == d["high"] == 0 for d in compare(a, b)[2].values())
+    assert on_same_rows(a, b)[0]["exact_match"][:, 1].sum() == 20
+
+
+GOLDEN_TEXTS = [  # answer, reference
+    ("The cat sat on the mat.", "the cat was sitting on the mat"), ("Blue!", "blue"), ("", "something"),
+    ("a b c", "c b a"), ("two words", "two words"), ("line one\nline two", "line two\nline one"), ("кот", "кот"),
+    ("żółw je", "żółw je liść"), ("猫が好き", "犬が好き"), ("x = 3", "x = 4"), ("!!!", "!!!"),
+    ("The answer is 42", "42"), (" spaced  out ", "spaced out")]
+
+
+def test_likeness_is_that_of_the_reference_libraries() -> None:
+    """Guards against another tokenisation or averaging than the published one, and against a ROUGE of 0 for scripts
+    that it cannot read."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import CHRF
+
+    answers, texts, references = [Generated([1], True)] * len(GOLDEN_TEXTS), *map(list, zip(*GOLDEN_TEXTS))
+    table = answer_table(answers, texts, references)
+    readable = [(t, r) for t, r in GOLDEN_TEXTS if r not in ("кот", "犬が好き", "!!!")]
+    theirs = [RougeScorer(["rougeL"], use_stemmer=False).score(r, t)["rougeL"].fmeasure for t, r in readable]
+    over, under = table["rouge_l"].sum(0)
+    assert (over / under, under) == (pytest.approx(np.mean(theirs), rel=1e-12), len(readable))
+    theirs = [CHRF().sentence_score(t, [r]).score / 100 for t, r in GOLDEN_TEXTS]
+    assert table["chrf"][:, 0].tolist() == pytest.approx(theirs, rel=1e-12)
+    exact = [t.strip() == r.strip() for t, r in GOLDEN_TEXTS]
+    short = [("\n" not in r) for _, r in GOLDEN_TEXTS]
+    assert table["exact_match"].tolist() == [[e and s, s] for e, s in zip(exact, short)]
+    assert rouge_l("42", "42") == 1 and rouge_l("x", "ответ 42") is None
 
 
 def test_a_row_becomes_a_question() -> None:
@@ -338,7 +396,11 @@ def test_the_chat_of_a_run_gives_the_ids_of_training(run: Path, spm_unigram: str
 
 @pytest.mark.parametrize("argv, finding", [
     (["--top_p", ".5"], "changes nothing at temperature 0"),
-    (["--gen_only", "--baseline_path", "x/y"], "compares nothing"),
+    (["--gen_only", "--baseline_path", "x/y"], "--baseline_path: it changes nothing with --gen_only"),
+    (["--chat", "--predict", "x"], "--chat --predict: each of them is a task of its own"),
+    (["--golden", "x", "--dataset_paths", "y"], "--dataset_paths: it changes nothing with --golden"),
+    (["--compare", "a/b", "--model_path", "c/d"], "--model_path: it changes nothing with --compare"),
+    (["--compare", "a/b"], "two or more different runs"), (["--golden", "nowhere.jsonl"], "Check --golden"),
     (["--dataset_paths", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--model_path", "./nowhere"], "./nowhere: no such directory"),
     (["--tokenizer_path", "OTHER"], "gives other ids")])
@@ -369,6 +431,82 @@ def test_rows_longer_than_the_context_are_counted(tiny_model: str, spm_unigram: 
     chat, model = load_chat(spm_unigram, "instruct"), load_model(tiny_model)
     found = measure(model, chat, cases([("a", "b"), ("the cat " * 200, "b")]), Options(max_new_tokens=2), context=256)
     assert found.left_out == 1 and found.table["loss"][:, 1].tolist()[1] == 0 and found.answers[1].cut
+
+
+def figures(place: Path) -> dict[str, float]:
+    """Every number of eval_results.json with its intervals and differences, by its place in the file."""
+    found: dict[str, float] = {}
+
+    def walk(name: str, value: object) -> None:
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(part, (dict, list)):
+                walk(f"{name}/{key}", part)
+            elif isinstance(part, float):
+                found[f"{name}/{key}"] = part
+
+    results = json.loads((place / "eval_results.json").read_text())
+    walk("", {key: results[key] for key in ("datasets", "total")})
+    return found
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-7), ("bfloat16", 1e-5)])
+def test_figures_depend_on_the_rows_alone(run: Path, tmp_path: Path, dtype: str, tolerance: float) -> None:
+    """Guards against figures that change with the batch size, the order of the rows or the number of processes: means
+    of batch means, padding, a share of the rows that is lost or counted twice, a bootstrap over places in the file.
+
+    In bfloat16 the likeliest two tokens are often equal, and how they are rounded decides an answer: losses alone."""
+    def no_plots() -> None:
+        import common.report
+
+        common.report.eval_report = lambda *parts: ""
+
+    rows = [{"prompt": r["prompt"] * (1 + i % 4), "response": r["response"]} for i, r in enumerate(chat_rows(21, 3))]
+    files = {name: write_rows(tmp_path / name / "rows.jsonl", part)
+             for name, part in (("a", rows), ("b", [rows[i] for i in np.random.default_rng(0).permutation(21)]))}
+    found = {}
+    for how, name, size, ranks in (("usual", "a", 32, 1), ("one by one", "a", 1, 1), ("order", "b", 5, 1),
+                                   ("processes", "a", 4, 2)):
+        out = tmp_path / how
+        argv = ["--model_path", run, "--dataset_paths", files[name], "--max_new_tokens", 6, "--dtype", dtype,
+                "--per_device_eval_batch_size", size, "--output_dir", out]
+        child = fork_main(SCRIPT.main, [str(word) for word in argv], tmp_path / f"{how}.log", ranks=ranks,
+                          patch=no_plots)
+        assert child.wait() == 0, child.output[-2000:]
+        assert child.output.count("report: ") == 1, "the main process alone speaks"
+        found[how] = figures(out)
+        lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        assert [line["reference"] for line in lines] == [
+            json.loads(line)["response"] for line in files[name].read_text().splitlines()]
+    assert len(found["usual"]) > 100
+    for how, numbers in found.items():
+        assert numbers.keys() == found["usual"].keys()
+        if dtype == "bfloat16":
+            numbers = {k: v for k, v in numbers.items() if any(f"/{name}" in k for name in OF_LOSSES)}
+        apart = {k: abs(v - found["usual"][k]) / max(abs(found["usual"][k]), 1e-12) for k, v in numbers.items()}
+        worst = max(apart, key=apart.get)
+        assert apart[worst] <= tolerance, (how, worst, numbers[worst], found["usual"][worst])
+
+
+def test_sampled_answers_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: Path) -> None:
+    """Guards against draws by the place in a process's share."""
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": r["prompt"]} for r in chat_rows(9, 3)])
+    said = {}
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        argv = ["--model_path", run, "--predict", tmp_path / "rows.jsonl", "--max_new_tokens", 6, "--temperature", 1,
+                "--per_device_eval_batch_size", 2, "--output_dir", out]
+        child = fork_main(SCRIPT.main, [str(word) for word in argv], tmp_path / "log", ranks=ranks)
+        assert child.wait() == 0, child.output[-2000:]
+        said[ranks] = (out / "predictions.jsonl").read_text()
+    assert said[1] == said[2]
+
+
+def test_a_fault_of_all_processes_is_told_once(run: Path, tmp_path: Path) -> None:
+    """Guards against the same sentence from every process, and against a status that is lost."""
+    argv = ["--model_path", str(run), "--dataset_paths", str(write_rows(tmp_path / "bad.jsonl", [{"prompt": "a"}]))]
+    child = fork_main(SCRIPT.main, argv, tmp_path / "log", ranks=2)
+    assert child.wait() == 2 and child.codes == [2, 2]
+    assert child.output.count("bad.jsonl:1") == 1 and "Traceback" not in child.output
 
 
 def test_unknown_template_file_is_refused(run: Path, capsys: pytest.CaptureFixture) -> None:

@@ -73,7 +73,7 @@ def test_file_tree():
 
 def test_named_paths_exist():
     """Guards against a config or script in the text that is gone."""
-    names = set(re.findall(r"(?:scripts|config|tests)/[\w./]*\w\.(?:py|sh|json|yaml|jinja)", text()))
+    names = set(re.findall(r"(?:scripts|config|tests)/[\w./]*\w\.(?:py|sh|jsonl?|yaml|jinja)", text()))
     assert len(names) > 40
     assert [name for name in names if not (ROOT / name).exists()] == []
 

@@ -6,7 +6,7 @@ Rows that have ended leave the batch, so a long answer does not hold up nor pay 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -32,7 +32,8 @@ class Generated:
 
 @dataclass(frozen=True)
 class How:
-    """How tokens are chosen and where answers end. temperature 0 takes the likeliest token."""
+    """How tokens are chosen and where answers end. temperature 0 takes the likeliest token. places, heard: see
+    generate."""
 
     stop_ids: frozenset[int]
     pad_id: int
@@ -40,6 +41,8 @@ class How:
     temperature: float
     top_p: float
     seed: int
+    places: Sequence[int]
+    heard: Callable[[int, int], None] | None
 
 
 def context_limit(model: nn.Module) -> int | None:
@@ -48,16 +51,19 @@ def context_limit(model: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def generate(model: nn.Module, prompts: list[list[int]], *, max_new_tokens: int, stop_ids: list[int], pad_id: int,
-             vocab_size: int | None = None, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-             batch_size: int = 32, max_batch_tokens: int = 32768,
-             progress: Callable[[int], None] | None = None) -> list[Generated]:
-    """Continue each prompt (token ids, at least one) until a stop id, max_new_tokens, or the end of the context.
+def generate(model: nn.Module, prompts: list[list[int]], *, max_new_tokens: int | list[int], stop_ids: list[int],
+             pad_id: int, vocab_size: int | None = None, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+             places: list[int] | None = None, batch_size: int = 32, max_batch_tokens: int = 32768,
+             progress: Callable[[int], None] | None = None,
+             heard: Callable[[int, int], None] | None = None) -> list[Generated]:
+    """Continue each prompt (token ids, at least one) until a stop id, max_new_tokens (for all, or for each), or the end
+    of the context.
 
     The answers come in the order of the prompts and do not depend on batch_size, max_batch_tokens (prompt and room for
     the answer, padding included) or the other prompts: greedy ones up to rounding of equal logits, sampled ones because
-    the draws of prompt i are a function of (seed, i). Ids from `vocab_size` on (embedding rows without a token) are
-    never produced. `progress(n)` is told how many prompts have just been answered. Raises NotFinite for NaN logits.
+    the draws of prompt i are a function of (seed, places[i], which is i unless given). Ids from `vocab_size` on
+    (embedding rows without a token) are never produced. `progress(n)` is told how many prompts have just been answered,
+    heard(i, token) each token as it is written. Raises NotFinite for NaN logits.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not {"past_key_values", "attention_mask"} <= _accepted(causal_lm):
@@ -65,10 +71,11 @@ def generate(model: nn.Module, prompts: list[list[int]], *, max_new_tokens: int,
                         "one. Take a model with attention.")
     if not all(prompts):
         raise ValueError("an empty prompt cannot be continued: give at least one token id")
-    how = How(frozenset(stop_ids), pad_id, vocab_size, temperature, top_p, seed)
+    how = How(frozenset(stop_ids), pad_id, vocab_size, temperature, top_p, seed, places or range(len(prompts)), heard)
     limit = context_limit(causal_lm)
-    room = [max_new_tokens if limit is None else max(0, min(max_new_tokens, limit - len(p))) for p in prompts]
-    answers = [Generated(cut=r < max_new_tokens) for r in room]
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    room = [m if limit is None else max(0, min(m, limit - len(p))) for p, m in zip(prompts, most)]
+    answers = [Generated(cut=r < m) for r, m in zip(room, most)]
     report = progress or (lambda n: None)
     report(sum(r == 0 for r in room))
     same_length = _is_recurrent(causal_lm)
@@ -154,7 +161,7 @@ def _answer(causal_lm: nn.Module, prompts: list[list[int]], room: list[int], row
     ids, mask = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
     positions = (mask[:, :width].cumsum(1) - 1).clamp_(min=0)
     draws = None if how.temperature == 0 else np.stack(
-        [np.random.default_rng([how.seed, i]).random(most) for i in rows])  # (B, most)
+        [np.random.default_rng([how.seed, how.places[i]]).random(most) for i in rows])  # (B, most)
     cache, extra = DynamicCache(config=causal_lm.config), {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     for step in range(most):
         if "position_ids" in accepted:
@@ -167,6 +174,8 @@ def _answer(causal_lm: nn.Module, prompts: list[list[int]], room: list[int], row
             answers[i].stopped = token in how.stop_ids
             if not answers[i].stopped:
                 answers[i].ids.append(token)
+                if how.heard:
+                    how.heard(i, token)
             if not answers[i].stopped and len(answers[i].ids) < room[i]:
                 keep.append(b)
         if len(keep) < len(rows):

@@ -160,6 +160,22 @@ def load_for(path: str, chat: Chat, *, dtype: str, seed: int, say: Say) -> nn.Mo
     return model.to("cuda" if cuda else "cpu").eval()
 
 
+def stop_audit(model: nn.Module, chat: Chat) -> tuple[str, dict]:
+    """Whether answers can end: the ids that stop generation here, the one the template ends an answer with, and those
+    that plain `transformers` stops at. A line to print, and the same as numbers."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    named = causal_lm.generation_config.eos_token_id
+    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    token = lambda i: f"{chat.tokenizer.convert_ids_to_tokens(i)} ({i})"
+    line = f"stops at {', '.join(map(token, chat.stop_ids))}; the template ends an answer with {token(chat.end_id)}; "
+    if chat.end_id in named:
+        line += f"generation_config has it ({', '.join(map(str, named))})"
+    else:
+        line += (f"generation_config does NOT have it ({', '.join(map(str, named)) or 'it names none'}): elsewhere the "
+                 f"model would not stop there. Add {chat.end_id} to its eos_token_id")
+    return line, {"stop_ids": chat.stop_ids, "template_ends_with": chat.end_id, "generation_config": named}
+
+
 # ---- the baseline
 
 def find_baseline(subject: Subject, asked: str | None, tokenizer_path: str | None, template: str | None,

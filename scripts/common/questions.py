@@ -1,0 +1,152 @@
+"""Files of rows -> questions to a model: with their answers to measure it by, or without to hear what it says."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from common.evaluate import BUILT_IN_PROMPTS, Case, is_short, make_case
+from common.faults import UserError
+from common.records import Bad
+from common.rows import FORMS, Row, RowReader
+from common.settings import dataset_name
+from common.subject import Subject
+from common.template_file import facts, read_template_file, role_map
+
+STAND_IN = "?"  # in place of an answer that is missing or not wanted; nobody reads it
+Roles = dict[str, str | tuple]
+
+
+@dataclass
+class EvalSet:
+    """The questions of one file."""
+
+    name: str
+    path: str
+    cases: list[Case]
+    counts: dict = field(default_factory=dict)
+
+
+class QuestionReader(RowReader):
+    """Rows of any form, mixed too, whose answer may be missing; one that is there is not read, a stand-in is."""
+
+    def __init__(self, path: str, roles: Roles, *, skip_bad_rows: bool = False,
+                 look: Callable[[dict], None] = lambda record: None):
+        """look: sees each object before; may change it, or raise Bad."""
+        def edit(record: dict) -> None:
+            look(record)
+            self._ask(record)
+
+        super().__init__(path, skip_bad_rows=skip_bad_rows, role_map=roles, edit=edit, mixed=True)
+
+    def _check_columns(self, records: object) -> None:
+        with suppress(UserError):  # the column of answers may be missing; a row that asks nothing is found below
+            super()._check_columns(records)
+
+    def _ask(self, record: dict) -> None:
+        form = next((f for f, keys in FORMS.items() if any(record.get(key) is not None for key in keys)), None)
+        turns = record.get(form)
+        if form == "text":
+            raise Bad("plain text asks nothing. Give prompt, or messages.")
+        if form in ("messages", "conversations") and isinstance(turns, list) and turns:
+            last = turns[-1] if isinstance(turns[-1], dict) else {}
+            names = ("from", "value") if "from" in last and "role" not in last else ("role", "content")
+            if self.roles.get(last.get(names[0])) == "assistant":
+                turns = turns[:-1]
+            if not turns:
+                raise Bad(f'"{form}" asks nothing before the answer. Give what the user says.')
+            record[form] = [*turns, {names[0]: "assistant" if names[0] == "role" else "gpt", names[1]: STAND_IN}]
+        elif form == "prompt":
+            record.pop("completion", None)
+            record["response"] = STAND_IN
+        elif form == "instruction":
+            record["output"] = STAND_IN
+
+
+def question(row: Row, name: str) -> Case:
+    """A row of a QuestionReader as a question without a reference."""
+    return Case(row, row.source or name, row.messages[:-1], None)
+
+
+def read_sets(subject: Subject, paths: list[str], roles: Roles, most: int | None, seed: int, skip_bad_rows: bool,
+              say: Callable[[str], None]) -> list[EvalSet]:
+    """The rows of the files, else the run's validation rows; empty where it has none."""
+    if not paths and subject.run_dir and (subject.run_dir / "val.jsonl").exists():
+        paths = [str(subject.run_dir / "val.jsonl")]
+        say(f"rows: {paths[0]}, held out from training")
+    sets: list[EvalSet] = []
+    for path in paths:
+        stem = dataset_name(path)
+        reader = RowReader(path, skip_bad_rows=skip_bad_rows, role_map=roles, mixed=stem in ("val", "test"))
+        name = stem if stem not in [s.name for s in sets] else f"{stem}-{len(sets) + 1}"
+        sets.append(read_set(reader, name, make_case, most, seed, say))
+    return sets
+
+
+def read_set(reader: RowReader, name: str, to_case: Callable[[Row, str], Case], most: int | None, seed: int,
+             say: Callable[[str], None]) -> EvalSet:
+    """Read a file of rows, or a seeded choice of `most` of them in their order. Raises UserError for bad rows."""
+    from tqdm import tqdm
+
+    path = str(reader.path)
+    rows = list(tqdm(reader, desc=f"reading {path}", unit=" rows", disable=None, leave=False))
+    counts = {"rows_in": reader.rows_in, "bad": reader.n_bad, "dropped": dict(reader.dropped), "kept": reader.rows_kept}
+    if most and len(rows) > most:
+        rows = [rows[i] for i in sorted(np.random.default_rng([seed, 5]).permutation(len(rows))[:most])]
+    if not rows:
+        raise UserError(f"{path}: no row is left to evaluate on.")
+    gone = [f"{n:,} {reason}" for reason, n in reader.dropped.items()]
+    gone += [f"{reader.n_bad:,} bad"] if reader.n_bad else []
+    say(f"{path}: {reader.rows_in:,} rows, {len(rows):,} taken" + (f" (dropped: {'; '.join(gone)})" if gone else ""))
+    return EvalSet(name, path, [to_case(row, row.source or name) for row in rows], counts | {"taken": len(rows)})
+
+
+def built_in() -> EvalSet:
+    """A few prompts for a model without rows."""
+    asked = [[{"role": "user", "content": p}] for p in BUILT_IN_PROMPTS]
+    return EvalSet("built-in", "", [Case(Row(i, m), "built-in", m, None) for i, m in enumerate(asked, 1)])
+
+
+def few_prompts(sets: list[EvalSet], count: int, seed: int) -> list[EvalSet]:
+    """A seeded choice of `count` rows of all sets together that ask something."""
+    asked = [(s, case) for s in sets for case in s.cases if case.asks(continued=True)]
+    if not asked:
+        raise UserError(f"{', '.join(s.path for s in sets)}: no row asks anything. Give rows with a prompt before the "
+                        "answer, or plain text.")
+    chosen = sorted(np.random.default_rng([seed, 7]).permutation(len(asked))[:count])
+    for s in sets:
+        s.cases = [case for i in chosen for t, case in [asked[i]] if t is s]
+    return [s for s in sets if s.cases]
+
+
+def roles_of(subject: Subject, asked: str | None = None) -> Roles:
+    """The run's names of roles, and those of the template file that is asked for or that it was trained with."""
+    template = Path(subject.path) / "chat_template.jinja"
+    if asked and asked.endswith((".yaml", ".yml")):
+        found = role_map(read_template_file(asked))
+    else:
+        found = facts(template.read_text(encoding="utf-8"))["roles"] if template.is_file() else {}
+    return dict(entry.split("=", 1) for entry in subject.settings.get("role_map", [])) | found
+
+
+def texts_of(sets: Iterable[EvalSet], most: int = 200) -> list[str]:
+    """What the first rows of each set say."""
+    texts = [m["content"] for s in sets for case in s.cases[:most] for m in case.row.messages or [] if m["content"]]
+    return texts + [case.row.text for s in sets for case in s.cases[:most] if case.row.messages is None]
+
+
+def train_answers(subject: Subject) -> Counter[str] | None:
+    """The short answers in the run's training files, counted; None if the run or its files are not there."""
+    staged = [d["path"] for stage in subject.settings.get("stages") or [] for d in stage["datasets"]]
+    paths = [p for p in dict.fromkeys([*subject.settings.get("dataset_paths", []), *staged]) if Path(p).is_file()]
+    found: Counter[str] = Counter()
+    for path in paths:
+        for row in RowReader(path, skip_bad_rows=True, role_map=roles_of(subject)):
+            case = make_case(row, "")
+            if case.context and is_short(case.reference):
+                found[case.reference.strip()] += 1
+    return found or None
