@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from common.attention import PACKED
 from common.chat import Encoded
 from common.faults import UserError
-from common.loss import PACKED, HeadLoss, LossModel, batch_inputs, choose_attention, make_batch, reference_losses
+from common.loss import HeadLoss, LossModel, batch_inputs, choose_attention, make_batch, reference_losses
 
 
 def example(length: int, seed: int, share: float = 0.5, vocabulary: int = 64) -> Encoded:
@@ -182,3 +183,16 @@ def test_batch_layout_by_hand() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
     assert batch.positions.tolist() == [0, 1, 3, 6] and batch.targets.tolist() == [6, 7, 9, 9]
     assert batch.bounds.tolist() == [0, 3, 5, 6, 8, 12] and batch.owners.tolist() == [0, 0, 1, 2]
+
+
+def test_flat_batch_is_the_same_loss_without_padding() -> None:
+    """Bug: rows laid behind each other see each other, or padding between them is paid for all the same."""
+    rows = [EXAMPLES[:1], [], EXAMPLES[1:]]
+    flat, below = make_batch(rows, 0, flat=True), make_batch(rows, 0)
+    assert flat.input_ids.shape == (1, sum(len(e.input_ids) for e in EXAMPLES)) and len(below.input_ids) == 3
+    assert flat.targets.tolist() == below.targets.tolist() and flat.owners.tolist() == below.owners.tolist()
+    model = LossModel(llama(), PACKED)
+    model.causal_lm.set_attn_implementation(PACKED)
+    a, b = (model(**batch_inputs(batch)).item() for batch in (flat, below))
+    assert a == pytest.approx(b, rel=1e-6)
+    assert make_batch([], 7, flat=True).input_ids.tolist() == [[7]]

@@ -10,9 +10,10 @@ from conftest import make_llama
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from common.attention import PACKED
 from common.chat import load_chat
 from common.faults import UserError
-from common.loss import PACKED, LossModel, batch_inputs, make_batch
+from common.loss import LossModel, batch_inputs, make_batch
 from common.model import (
     add_lora,
     add_tokens,
