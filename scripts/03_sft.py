@@ -76,7 +76,8 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     if config.explain_step:
         run.say(*explain_step(run, chat, material))
         return 0
-    run.say(*chat.notes, *show.describe_data(material), show.describe_plan(material))
+    run.say(*chat.notes, *show.describe_data(material), show.describe_plan(material),
+            show.describe_memory(run, base, chat))
     run.say(*show.show_example(material, chat))
     run.say(*prove_chat(config, chat))
     if config.export_rendered and run.main:

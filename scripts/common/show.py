@@ -3,10 +3,15 @@ marked."""
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from common.chat import Chat, Encoded
 from common.material import Material
+from common.memory import needed, shape_of, spoken
 from common.plan import describe
+
+if TYPE_CHECKING:
+    from common.run import Run
 
 
 def describe_data(material: Material) -> list[str]:
@@ -49,6 +54,19 @@ def duplicates(meta: dict) -> str:
 def describe_plan(material: Material) -> str:
     """The plan's arithmetic: draws, shares asked and obtained, rows, fill, steps."""
     return describe(material.plan.summary())
+
+
+def describe_memory(run: Run, base: object, chat: Chat) -> str:
+    """What a process will need beside what it holds before the model `base` (a configuration) is loaded."""
+    config, state = run.config, run.accelerator.state
+    shape = shape_of(base, len(chat.tokenizer))
+    sharded = any(getattr(state, name, None) is not None for name in ("fsdp_plugin", "deepspeed_plugin"))
+    parts = needed(shape, lora_r=config.lora_r if config.use_lora else None,
+                   tokens=config.per_device_train_batch_size * config.max_seq_length,
+                   bf16=run.accelerator.mixed_precision != "no", checkpointing=config.gradient_checkpointing,
+                   in_4bit=config.load_in_4bit, optim=config.optim, processes=run.accelerator.num_processes,
+                   sharded=sharded)
+    return spoken(parts, checked=run.accelerator.device.type == "cpu" and not sharded)
 
 
 def mark_trained(encoded: Encoded, chat: Chat, colour: bool | None = None) -> str:
