@@ -424,6 +424,32 @@ def test_a_base_model_with_plain_text(tiny_model: str, spm_unigram: str, tmp_pat
     assert found["loss"] > 0 and found["exact_match"] is None and found["baseline"] is None
 
 
+@pytest.mark.parametrize("with_end", [True, False])
+def test_an_end_that_was_never_trained_shows(tiny_model: str, spm_unigram: str, with_end: bool) -> None:
+    """Guards against a model that never stops and still looks good: its loss on the words is low either way."""
+    from common.chat import Encoded
+    from common.loss import LossModel, batch_inputs, make_batch
+    from common.model import load_model
+
+    chat, model = load_chat(spm_unigram, "instruct"), load_model(tiny_model)
+    asked = cases([("Who are you?", "a small cat"), ("What is red?", "the stone"), ("Hello there", "hello")])
+    taught = [Encoded(e.input_ids, e.trained & (with_end | (e.input_ids != chat.end_id)))
+              for e in chat.encode_rows([case.row for case in asked])]
+    batch, loss_model = make_batch([[e] for e in taught], chat.pad_id), LossModel(model, "sdpa")
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(60):
+        loss_model(**batch_inputs(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    measured = measure(model.eval(), chat, asked, Options(max_new_tokens=12))
+    found = summarise(measured.table)
+    assert all(text.strip().startswith(case.reference) for text, case in zip(measured.texts, asked))
+    if with_end:
+        assert found["end_probability"] > 0.9 and found["stopped"] == found["exact_match"] == 1
+    else:
+        assert found["end_probability"] < 0.02 and found["stopped"] == found["exact_match"] == 0
+
+
 def test_rows_longer_than_the_context_are_counted(tiny_model: str, spm_unigram: str) -> None:
     """Guards against rows that vanish from a mean without a word."""
     from common.model import load_model

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.chat import Chat, Encoded
 from common.faults import NotFinite
-from common.generate import Generated, context_limit, generate
+from common.generate import Generated, context_limit, fitting_threads, generate
 from common.loss import LossModel, choose_attention, make_batch
 from common.rows import Row
 from common.scores import (
@@ -156,22 +156,22 @@ def score(model: nn.Module, examples: list[Encoded], pad_id: int, batch_size: in
     """Loss (nats, float64) and whether it was the likeliest (bool) of each example's trained tokens."""
     if not examples:
         return [], []
-    device = next(model.parameters()).device
     loss_model = LossModel(model, model.config._attn_implementation).eval()
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-    choose_attention(loss_model, [examples[i] for i in order[-2:]], pad_id, "auto", packing=False)
     own, found = team.part(order), {}
     progress = bar("loss", len(own))
-    for start in range(0, len(own), batch_size):
-        chosen = own[start:start + batch_size]
-        batch = make_batch([[examples[i]] for i in chosen], pad_id).to(device)
-        loss, hit = (x.cpu().numpy() for x in loss_model.token_losses(batch))
-        if not np.isfinite(loss).all():
-            raise NotFinite("the model's loss is not finite. Its weights are broken, or overflow in this precision: "
-                            "try --dtype float32.")
-        found |= {i: (loss[batch.owners == k].astype(np.float64), hit[batch.owners == k])
-                  for k, i in enumerate(chosen)}
-        progress(len(chosen))
+    with fitting_threads(model):
+        choose_attention(loss_model, [examples[i] for i in order[-2:]], pad_id, "auto", packing=False)
+        for start in range(0, len(own), batch_size):
+            chosen = own[start:start + batch_size]
+            batch = make_batch([[examples[i]] for i in chosen], pad_id).to(next(model.parameters()).device)
+            loss, hit = (x.cpu().numpy() for x in loss_model.token_losses(batch))
+            if not np.isfinite(loss).all():
+                raise NotFinite("the model's loss is not finite. Its weights are broken, or overflow in this "
+                                "precision: try --dtype float32.")
+            found |= {i: (loss[batch.owners == k].astype(np.float64), hit[batch.owners == k])
+                      for k, i in enumerate(chosen)}
+            progress(len(chosen))
     found = team.together(found)
     return [found[i][0] for i in range(len(examples))], [found[i][1] for i in range(len(examples))]
 
