@@ -108,12 +108,15 @@ QUESTIONS = {"Who are you?": "a small cat", "What is red?": "the stone", "Hello 
 ELSEWHERE = """
 import importlib.util, json, sys
 assert importlib.util.find_spec("common") is None
+for name in ("accelerate", "peft", "sentencepiece", "google.protobuf", "datasets", "matplotlib", "tensorboard"):
+    sys.modules[name] = None  # not installed there
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
 found = {}
-for path, questions in json.loads(sys.argv[1]).items():
+for path, questions in sorted(json.loads(sys.argv[1]).items(), key=lambda asked: asked[0].endswith("lora")):
     if path.endswith("lora"):
+        del sys.modules["peft"], sys.modules["accelerate"]
         from peft import AutoPeftModelForCausalLM as Auto
     else:
         Auto = AutoModelForCausalLM
@@ -130,7 +133,7 @@ print(json.dumps(found))
 
 def test_answers_elsewhere_are_ours(overfit, tmp_path):
     """Guards against a model that only works with code of ours, or that never stops: in a process that cannot import
-    it, plain transformers and peft give the same ids, ending with the end of turn."""
+    it, nor what else we need, plain transformers and peft give the same ids, ending with the end of turn."""
     asked = {str(path): list(QUESTIONS) for path in overfit.values()}
     found = subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, json.dumps(asked)], cwd=tmp_path, text=True,
                            capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
