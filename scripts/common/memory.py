@@ -19,7 +19,7 @@ from dataclasses import dataclass
 CHUNK_ELEMENTS = 2**24  # logits at a time, as in loss.py
 # (LoRA, bf16) -> bytes a token and layer keeps: a * hidden + b * inner
 KEPT = {(False, False): (44, 16), (False, True): (36, 8), (True, False): (72, 20), (True, True): (52, 12)}
-LIBRARIES = 180 << 20  # bytes that come with training itself: code of the libraries, the probe of the attention path
+LIBRARIES = 250 << 20  # bytes that come with training: code of libraries, the probe of the attention path, evaluation
 SLACK = {False: 1.1, True: 1.6}  # by LoRA: activations take so much more than the sum of what is kept
 FLOPS_PER_PARAMETER = {False: 6, True: 4}  # of a token, by LoRA: the frozen matrices have no gradient of their own
 

@@ -9,15 +9,13 @@ Lengths are lognormal with median 200, cut to 8 .. max_seq_length, as instructio
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import resource
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
+from peers import about, record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -30,15 +28,6 @@ CASES = {"all rows, packed": (None, True), "weights .4 .4 .2, packed": ((.4, .4,
 def peak_gigabytes() -> float:
     """Peak resident memory of this process; ru_maxrss is in KiB on Linux and in bytes on macOS."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def processor() -> str:
-    """Model name of the processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def made_up_sources(n: int, max_seq_length: int) -> list[Source]:
@@ -64,8 +53,7 @@ def main() -> None:
     parser.add_argument("--max_seq_length", type=int, default=1024, help="tokens")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    print(f"{date.today()}  {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {platform.system()}; "
-          f"Python {platform.python_version()}, numpy {np.__version__}")
+    print(about())
     sources = made_up_sources(args.examples, args.max_seq_length)
     print(f"{args.examples:,} examples, rows of {args.max_seq_length:,} tokens, 16 rows per step; "
           f"{peak_gigabytes():.2f} GB before planning")
@@ -94,6 +82,8 @@ def main() -> None:
         print(f"{case:<26}{min(seconds):8.2f}{sorted(seconds)[len(seconds) // 2]:10.2f}{summary_seconds:11.2f}"
               f"{per_step * 1e6:9.0f}{peak:9.2f}")
         print("\n".join("    " + line for line in describe(summary).splitlines()[-2:]))
+    record("plan", {"examples": args.examples, "seconds": round(best["all rows, packed"], 2),
+                    "peak_gb": round(peak_gigabytes(), 2)})
     print(f"RATIO plan_10m_seconds {best['all rows, packed'] * 1e7 / args.examples:.2f}")
 
 
