@@ -70,7 +70,7 @@ class SentencePiece:
         return unicodedata.normalize("NFC", text).replace("\r\n", "\n") if self.normalises else text
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Encode plain texts on all cores; control pieces cannot come out of text."""
+        """Encode plain texts; control pieces cannot come out of text. Other cores have processes of their own."""
         return [ids.tolist() for ids in self.encode_arrays(texts)]
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
