@@ -535,6 +535,21 @@ def test_a_fault_of_all_processes_is_told_once(run: Path, tmp_path: Path) -> Non
     assert child.output.count("bad.jsonl:1") == 1 and "Traceback" not in child.output
 
 
+def test_a_lost_process_ends_the_others(run: Path, tmp_path: Path) -> None:
+    """Guards against a process that waits for hours for one that is gone, and against figures of half of the rows."""
+    def die() -> None:
+        import common.evaluate
+
+        if os.environ["RANK"] == "1":
+            common.evaluate.generate = lambda *args, **options: os._exit(9)
+
+    argv = ["--model_path", str(run), "--gen_only", "--max_new_tokens", "3", "--output_dir", str(tmp_path / "out")]
+    child = fork_main(SCRIPT.main, argv, tmp_path / "log", ranks=2, patch=die)
+    child.wait(60)
+    assert child.codes == [70, 9] and "another process of the evaluation ended" in child.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_template_file_is_refused(run: Path, capsys: pytest.CaptureFixture) -> None:
     """Guards against a misspelt template taken as the default."""
     assert evaluate(run, "--prompt_template", "nowhere.jinja", "--gen_only") == 2

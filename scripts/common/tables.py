@@ -31,8 +31,8 @@ def remarks(numbers: dict) -> list[str]:
     """What has to be said of a table."""
     if not numbers["without_rouge_l"]:
         return []
-    return [f"rouge l is without {numbers['without_rouge_l']:,} references that are not in the Latin letters it reads; "
-            "chrf has them"]
+    return [f"references left out of rouge l, which reads Latin letters alone: {numbers['without_rouge_l']:,}; chrf has "
+            "them"]
 
 
 def evaluation_table(found: dict) -> str:
