@@ -481,10 +481,12 @@ def test_figures_depend_on_the_rows_alone(run: Path, tmp_path: Path, dtype: str,
     of batch means, padding, a share of the rows that is lost or counted twice, a bootstrap over places in the file.
 
     In bfloat16 the likeliest two tokens are often equal, and how they are rounded decides an answer: losses alone."""
-    def no_plots() -> None:
+    def quick() -> None:
         import common.report
+        import common.scores
 
         common.report.eval_report = lambda *parts: ""
+        common.scores.RESAMPLES = 200
 
     rows = [{"prompt": r["prompt"] * (1 + i % 4), "response": r["response"]} for i, r in enumerate(chat_rows(21, 3))]
     files = {name: write_rows(tmp_path / name / "rows.jsonl", part)
@@ -496,7 +498,7 @@ def test_figures_depend_on_the_rows_alone(run: Path, tmp_path: Path, dtype: str,
         argv = ["--model_path", run, "--dataset_paths", files[name], "--max_new_tokens", 6, "--dtype", dtype,
                 "--per_device_eval_batch_size", size, "--output_dir", out]
         child = fork_main(SCRIPT.main, [str(word) for word in argv], tmp_path / f"{how}.log", ranks=ranks,
-                          patch=no_plots)
+                          patch=quick)
         assert child.wait() == 0, child.output[-2000:]
         assert child.output.count("report: ") == 1, "the main process alone speaks"
         found[how] = figures(out)

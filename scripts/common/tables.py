@@ -29,10 +29,8 @@ def head(name: str, numbers: dict) -> str:
 
 def remarks(numbers: dict) -> list[str]:
     """What has to be said of a table."""
-    if not numbers["without_rouge_l"]:
-        return []
-    return [f"references left out of rouge l, which reads Latin letters alone: {numbers['without_rouge_l']:,}; chrf has "
-            "them"]
+    out = numbers["without_rouge_l"]
+    return [f"left out of rouge l, which reads Latin letters alone: {out:,} references; chrf has them"] if out else []
 
 
 def evaluation_table(found: dict) -> str:
