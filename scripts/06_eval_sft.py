@@ -272,6 +272,8 @@ def talk(config: EvalConfig, team: Team, say: Say) -> None:
 
     if team.world > 1:
         raise UserError("--chat: several processes cannot read one terminal. Start it with python alone.")
+    if sys.stdin is None:
+        raise UserError("--chat: there is no input to read from. Start it in a terminal, or give it a pipe.")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a pipe may hold anything
     model, chat, _ = opened(config, find(config, say), [], say)
