@@ -18,6 +18,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
+from peers import about, record
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,6 +32,7 @@ def main() -> None:
 
     from common.generate import generate
 
+    print(f"{about()}, {options.threads} threads")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
@@ -60,11 +63,15 @@ def main() -> None:
             started = time.process_time()
             run()
             rates[name].append(tokens / (time.process_time() - started))
-    first = statistics.median(rates["transformers, one by one"])
+    rate = {name: statistics.median(found) for name, found in rates.items()}
+    first = rate["transformers, one by one"]
     for name, found in rates.items():
         same = "same answers" if answers[name] == answers["transformers, one by one"] else "OTHER ANSWERS"
         print(f"{name:26} best {max(found):7.0f}  median {statistics.median(found):7.0f} tokens a second, "
-              f"{statistics.median(found) / first:.1f} x, {same}")
+              f"{rate[name] / first:.1f} x, {same}")
+    record("generate", {"tokens/s": {name: round(r) for name, r in rate.items()}})
+    right = [r for name, r in rate.items() if answers[name] == answers["transformers, one by one"]]
+    print(f"RATIO generate_vs_hf {max(right) / first:.2f}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ class Task:
     mode: str = "full"
     rows: int = 32
     max_length: int = 1024
-    full_rows: bool = False  # every row max_length long (for memory)
+    full_rows: bool = False  # every row max_length long, half of it trained
+    rows_per_pass: int = 1
 
 
 def make_rows(task: Task) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -71,7 +72,6 @@ def lora_config() -> object:
 
 def with_lora(task: Task, model: object) -> object:
     """LoRA of rank 16, its B not zero, so that every gradient counts."""
-    import torch
     from peft import get_peft_model
 
     if task.mode != "lora":
@@ -107,9 +107,10 @@ def trl(task: Task, work: Path, bf16: bool) -> tuple[Callable[[], float], object
     logging.disable(logging.WARNING)
     rows = [{"input_ids": ids.tolist(), "labels": np.where(trained, ids, -100).tolist()}
             for ids, trained in make_rows(task)]
-    settings = SFTConfig(output_dir=str(work), per_device_train_batch_size=1, gradient_accumulation_steps=1, packing=True,
-                         max_length=task.max_length, bf16=bf16, use_cpu=True, gradient_checkpointing=False,
-                         report_to="none", save_strategy="no", disable_tqdm=True, learning_rate=1e-5)
+    settings = SFTConfig(output_dir=str(work), per_device_train_batch_size=task.rows_per_pass,
+                         gradient_accumulation_steps=1, packing=True, max_length=task.max_length, bf16=bf16,
+                         use_cpu=True, gradient_checkpointing=False, report_to="none", save_strategy="no",
+                         disable_tqdm=True, learning_rate=1e-5)
     trainer = SFTTrainer(model=make_model(task), args=settings, train_dataset=Dataset.from_list(rows),
                          processing_class=PreTrainedTokenizerFast(tokenizer_object=_any_tokenizer(), pad_token="<p>",
                                                                   eos_token="<e>"),
@@ -215,7 +216,7 @@ def _packed(rows: list, max_length: int) -> list[list]:
     return [[rows[i] for i in np.flatnonzero(row_of == r)] for r in range(n)]
 
 
-def ours(task: Task, bf16: bool, compiled: bool = False, size: int = 2) -> tuple[Callable[..., float], object]:
+def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., float], object]:
     """The very functions that 03_sft.py calls for a step."""
     from accelerate import Accelerator
 
@@ -240,7 +241,7 @@ def ours(task: Task, bf16: bool, compiled: bool = False, size: int = 2) -> tuple
 
     everything = np.arange(len(rows))
     material = Material([Rows()], Split([everything], [everything[:0]], [everything[:0]], []), plan, [], [], 0)
-    config = SftConfig(learning_rate=1e-5, per_device_train_batch_size=size, warmup_ratio=0.0,
+    config = SftConfig(learning_rate=1e-5, per_device_train_batch_size=task.rows_per_pass, warmup_ratio=0.0,
                        lr_scheduler_type="constant", use_lora=task.mode == "lora", max_grad_norm=0.0)
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=True)
     model = LossModel(with_lora(task, make_model(task)), "sdpa")
@@ -254,6 +255,7 @@ def ours(task: Task, bf16: bool, compiled: bool = False, size: int = 2) -> tuple
     def step(gradients: Path | None = None) -> float:
         if gradients:  # looked at just before they are used up
             import torch
+
             from common import train
 
             train.fail_point = lambda *_: torch.save(_gradients(model.model), gradients)
@@ -266,7 +268,7 @@ def ours(task: Task, bf16: bool, compiled: bool = False, size: int = 2) -> tuple
 
 
 class Rival:
-    """A process that does a step when asked. seconds(): (wall time, loss) of one; peak(): MiB beyond the model's."""
+    """A process that does a step when asked: loss, seconds, MiB before (with the model loaded) and at the peak."""
 
     def __init__(self, name: str, task: Task, *, tuned: bool, threads: int, bf16: bool = True):
         arguments = ["--rival", name, *(["--tuned"] if tuned else []), *(["--bf16"] if bf16 else []),
@@ -322,10 +324,11 @@ def _serve() -> None:
               "reference": lambda: reference(task)}
     with TemporaryDirectory() as work:
         step, model = makers[options.rival]()
+        before = _memory("VmRSS")
         for line in sys.stdin:
             asked = json.loads(line)
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            before, started = _memory("VmRSS"), time.perf_counter()
+            started = time.perf_counter()
             loss = step(*([Path(asked["gradients"])] if asked["gradients"] else []))
             print("ANSWER", json.dumps({"loss": loss, "seconds": time.perf_counter() - started, "before": before,
                                         "peak": _memory("VmHWM")}), flush=True)
