@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_memory.py [--model tiny|small] [--mode full|lora] [--rows_per_pass 1 8]
 
 Each rival is a process of its own and does two steps of eight rows, half of each trained. Measured is the peak of
-resident memory in the second one (VmHWM) above what the process held when its model was loaded: gradients, optimizer
-state, activations, logits. TRL: bf16, no gradient checkpointing. Both with the allocator as glibc comes ("installed"),
-which gives memory back at once, and ours also as 03_sft.py sets it.
+resident memory in the second one (VmHWM) above what the process held before its model was loaded: weights, gradients,
+optimizer state, activations, logits. TRL: bf16, no gradient checkpointing. Both with the allocator as glibc comes
+("installed"), which gives memory back at once, and ours also as 03_sft.py sets it.
 """
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument("--rows_per_pass", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    print(f"{about()}, {options.threads} threads\n{options.model}, {options.mode}; MiB above the loaded model\n")
+    print(f"{about()}, {options.threads} threads\n{options.model}, {options.mode}; MiB above the process "
+          "without its model\n")
     print(f"{'rows a pass':24}" + "".join(f"{n:>10}" for n in options.rows_per_pass))
     peaks = {name: [peak(name, Task(options.model, options.mode, 8, full_rows=True, rows_per_pass=n), options.threads)
                     for n in options.rows_per_pass] for name in VARIANTS}

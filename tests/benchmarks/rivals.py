@@ -6,6 +6,7 @@ it is asked: `Rival` starts such a process; run as a script this file is one. Ro
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -268,7 +269,7 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
 
 
 class Rival:
-    """A process that does a step when asked: loss, seconds, MiB before (with the model loaded) and at the peak."""
+    """A process that does a step when asked: loss, seconds, MiB before the model was loaded and at the peak."""
 
     def __init__(self, name: str, task: Task, *, tuned: bool, threads: int, bf16: bool = True):
         arguments = ["--rival", name, *(["--tuned"] if tuned else []), *(["--bf16"] if bf16 else []),
@@ -322,9 +323,14 @@ def _serve() -> None:
     makers = {"trl": lambda: trl(task, Path(work), options.bf16), "plain": lambda: plain(task, options.bf16),
               "ours": lambda: ours(task, options.bf16), "ours_compiled": lambda: ours(task, options.bf16, True),
               "reference": lambda: reference(task)}
+    if options.rival == "trl":
+        from peers import need_trl
+
+        need_trl()
+        importlib.import_module("trl")  # its code is not the model's memory
+    before = _memory("VmRSS")
     with TemporaryDirectory() as work:
         step, model = makers[options.rival]()
-        before = _memory("VmRSS")
         for line in sys.stdin:
             asked = json.loads(line)
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
