@@ -9,6 +9,7 @@ from common.redact import redact
 
 # Made up here, character by character, so that no scanner of this repository finds a key in it.
 LETTERS = "".join(random.Random(7).choices(string.ascii_letters + string.digits, k=400))
+HEX = hashlib.sha256(b"").hexdigest()
 BASE64 = "\n".join(LETTERS[i:i + 64] for i in range(0, 320, 64)) + "\nq0=="
 OPENAI, GITHUB = "sk-" + "proj-" + LETTERS[:120], "gh" + "p_" + LETTERS[:36]
 PRIVATE = "-----BEGIN OPENSSH " + "PRIVATE KEY-----\n" + BASE64 + "\n-----END OPENSSH " + "PRIVATE KEY-----"
@@ -29,6 +30,23 @@ HEADER, FOOTER = PRIVATE.splitlines()[0], PRIVATE.splitlines()[-1]
         ("Hugging Face token", "h" + "f_" + LETTERS[:34]),
         ("Stripe key", "sk" + "_live_" + LETTERS[:24]),
         ("JSON web token", "ey" + "JhbGciOiJIUzI1NiJ9.ey" + "JzdWIiOiIxMjM0In0." + LETTERS[:43]),
+        ("Telegram bot token", "123456789" + ":AA" + LETTERS[:33]),
+        ("Twilio key", "S" + "K" + HEX[:32]),
+        ("Mailgun key", "key" + "-" + HEX[:32]),
+        ("NVIDIA key", "nv" + "api-" + LETTERS[:64]),
+        ("Tavily key", "tv" + "ly-dev-" + LETTERS[:32]),
+        ("Pinecone key", "pc" + "sk_" + LETTERS[:6] + "_" + LETTERS[6:66]),
+        ("Atlassian token", "AT" + "ATT3xFfGF0" + LETTERS[:170] + "=1A2B3C4D"),
+        ("Shopify token", "sh" + "pat_" + HEX[:32]),
+        ("Figma token", "fi" + "gd_" + LETTERS[:40]),
+        ("Supabase token", "sb" + "p_" + HEX[:40]),
+        ("Sentry token", "sn" + "trys_" + LETTERS[:90]),
+        ("New Relic key", "NR" + "AK-" + LETTERS.upper()[:27]),
+        ("Heroku token", "HR" + "KU-AA" + LETTERS[:58]),
+        ("Postman key", "PM" + "AK-" + HEX[:24] + "-" + HEX[:34]),
+        ("Grafana token", "gl" + "sa_" + LETTERS[:32] + "_" + HEX[:8]),
+        ("RubyGems key", "ruby" + "gems_" + HEX[:48]),
+        ("PlanetScale token", "ps" + "cale_tkn_" + LETTERS[:43]),
         ("private key", PRIVATE),
         ("private key", PRIVATE.replace("OPENSSH ", "")),
         ("private key", PRIVATE.replace("\n", "\\n")),
@@ -84,6 +102,8 @@ def test_a_key_wrapped_over_two_lines(kind, secret):
         ("authorization: Basic dXNlcjpodW50ZXIy", ["basic authentication"]),
         (f"MY_API_KEY={LETTERS[:24]}", ["secret"]),
         (f'client_secret: "{LETTERS[:30]}"', ["secret"]),
+        ("tool --user me --password Tr0ub4dor&3 run", ["password"]),
+        (f"tool --auth-token {LETTERS[:30]} run", ["secret"]),
     ],
 )
 def test_what_is_assigned_to_a_name_of_a_secret(text, kinds):
@@ -121,6 +141,8 @@ def test_what_is_assigned_to_a_name_of_a_secret(text, kinds):
         "secret_santa_list = load_list(2024)",
         "data:image/png;base64," + BASE64,
         "password: correct horse battery staple",
+        "run it with --password PASSWORD and --token YOUR_TOKEN_HERE_123",
+        "a key-value store, SK and key-1234",
     ],
 )
 def test_prose_and_code_stay(text):

@@ -49,6 +49,23 @@ SHAPES = [
     ("Docker token", r"dckr_(?:pat|oat)_", r"[\w-]", 24, 0),
     ("Vault token", r"hv[sbr]\.", r"[\w-]", 24, 0),
     ("age key", r"AGE-SECRET-KEY-1", r"[A-Z0-9]", 58, 58),
+    ("Telegram bot token", r"(?:bot)?\d{8,10}:AA", r"[\w-]", 33, 33),
+    ("Twilio key", r"SK", r"[0-9a-f]", 32, 32),
+    ("Mailgun key", r"key-", r"[0-9a-f]", 32, 32),
+    ("NVIDIA key", r"nvapi-", r"[\w-]", 40, 64),
+    ("Tavily key", r"tvly-(?:dev-)?", r"[A-Za-z0-9]", 24, 0),
+    ("Pinecone key", r"pcsk_", r"\w", 40, 0),
+    ("Atlassian token", r"ATATT3", r"[\w=-]", 100, 0),
+    ("Shopify token", r"shp(?:at|ca|pa|ss)_", r"[0-9a-fA-F]", 32, 32),
+    ("Figma token", r"figd_", r"[\w-]", 40, 40),
+    ("Supabase token", r"sbp_", r"[0-9a-f]", 40, 40),
+    ("Sentry token", r"sntry[su]_", r"[\w=+/]", 60, 0),
+    ("New Relic key", r"NRAK-", r"[A-Z0-9]", 27, 27),
+    ("Heroku token", r"HRKU-AA", r"[\w-]", 58, 58),
+    ("Postman key", r"PMAK-", r"[0-9a-f-]", 59, 59),
+    ("Grafana token", r"glsa_", r"\w", 41, 41),
+    ("RubyGems key", r"rubygems_", r"[0-9a-f]", 48, 48),
+    ("PlanetScale token", r"pscale_(?:tkn|oauth|pw)_", r"[\w.=-]", 32, 0),
 ]
 _CHARACTERS = {f"k{i}": re.compile(shape[2] + "*") for i, shape in enumerate(SHAPES)}
 # nothing like a word before the prefix, unless it is an escape in quoted text: \nghp_…, %20ghp_…
@@ -75,6 +92,10 @@ _CONTEXT = [  # kind, pattern whose group is the secret, what it has to look lik
      lambda v: not _placeholder(v)),
     ("password", re.compile(r"(?i)(?:passw(?:or)?d|passphrase|pwd|DB_PASS)" + _ASSIGN +
                             r"""([^\s"'`,;()<>{}\[\]$\\]{8,128})"""), lambda v: _strong(v)),
+    ("password", re.compile(r"""(?i)\s--?(?:password|passwd)[ =]["'`]?([^\s"'`,;()<>{}\[\]$\\]{8,128})"""),
+     lambda v: _strong(v)),
+    ("secret", re.compile(r"""(?i)\s--?(?:[a-z]{1,12}-)?(?:token|secret|api-?key)[ =]["'`]?([\w+/=.~-]{16,512})"""),
+     lambda v: _random(v)),
     ("secret", re.compile(r"(?i)(?:(?:api|access|account|private)[_-]?key|secret(?:[_-]?key)?|token|credential)s?"
                           r"(?![A-Za-z])" + _ASSIGN + r"([\w+/=.~-]{16,512})"), lambda v: _random(v)),
 ]
