@@ -58,7 +58,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     from common.chat import load_chat
     from common.explain import explain_step
     from common.model import check_vocabulary, model_config
-    from common.run import gather_material, load_run, restore
+    from common.run import gather_material, load_run
     from common.rundir import decide
 
     config = run.config
@@ -90,9 +90,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     with opened_directory(run, chat, material) as opened:
         if opened.kind == "finished":
             return 0
-        load_run(run, chat, material)
-        if opened.checkpoint:
-            restore(run, opened.checkpoint)
+        load_run(run, chat, material, opened.checkpoint)
         train(run, chat, material, stop)
         leave.leave_model(run, chat, material)
     return 0
@@ -148,14 +146,14 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
 def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
     """Do the steps of the plan from where the run is; evaluate, save and log when due."""
     from common.overfit import divergence
-    from common.report import read_lines
-    from common.run import held_out, log_progress, save_state, start_trackers
+    from common.report_train import read_lines
+    from common.run import held_out, log_progress, save_state
+    from common.trackers import started_trackers
     from common.train import count_step, evaluate_loss, judge, train_step
 
     config, state, plan = run.config, run.state, material.plan
-    rows = held_out(run, material)
-    trackers, overfit = start_trackers(run), None
-    with log_progress(run, plan.n_steps) as progress:
+    rows, overfit = held_out(run, material), None
+    with log_progress(run, plan.n_steps) as progress, started_trackers(run) as trackers:
         while state.step < plan.n_steps and not state.stopped_early:
             begins = state.step in plan.stage_bounds[1:]
             if begins and config.reset_optimizer_per_stage:
@@ -184,13 +182,16 @@ def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
 
 def resume_command(run: Run) -> str:
     """The command that continues this run."""
+    from common.sharded import is_sharded
+
     # the newest checkpoint, also if this start went back to a named one
     words = [word for before, word in zip(["", *run.argv], run.argv)
              if not word.startswith(("--overwrite_output_dir", "--resume_from_checkpoint"))
              and (word.startswith("--") or before != "--resume_from_checkpoint")] + ["--resume_from_checkpoint"]
     precision = run.accelerator.mixed_precision
     n = run.accelerator.num_processes
-    several = ["--multi_gpu", "--num_processes", str(n)] if n > 1 else []
+    how = ["--config_file", "config/accelerate/fsdp2.yaml"] if is_sharded(run.accelerator) else ["--multi_gpu"]
+    several = [*how, "--num_processes", str(n)] if n > 1 else []
     launcher = ["accelerate", "launch", *several, "--mixed_precision", precision] if launched() else ["python"]
     return shlex.join([*launcher, "scripts/03_sft.py", *words])
 

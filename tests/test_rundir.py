@@ -26,7 +26,10 @@ from common.rundir import (
 
 
 def save(run_dir: Path, step: int) -> Path:
-    return save_checkpoint(run_dir, TrainState(step=step), lambda work: (work / "w").write_bytes(b"w" * step), keep=9)
+    def write(directory: Path) -> None:
+        (directory / "w").write_bytes(b"w" * step)
+
+    return save_checkpoint(run_dir, TrainState(step=step), write, keep=9)
 
 
 @pytest.fixture

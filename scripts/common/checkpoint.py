@@ -117,9 +117,14 @@ def manifest_text(content: dict) -> str:
     return body[:-2] + f',\n "seal": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
 
 
-def seal(directory: Path, step: int, extra: dict) -> dict:
-    """fsync every file below `directory`, then write MANIFEST.json with their sizes and hashes. Returns its content."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+def seal(directory: Path, step: int, extra: dict, known: dict | None = None) -> dict:
+    """fsync every file below `directory`, then write MANIFEST.json with their sizes and hashes. Returns its content.
+
+    known: name -> size and sha256 of files that whoever wrote them has flushed and hashed already.
+    """
+    known = known or {}
+    paths = sorted(path for path in directory.rglob("*")
+                   if path.is_file() and path.relative_to(directory).as_posix() not in known)
     with ThreadPoolExecutor(4) as pool:  # hashing and fsync release the interpreter lock
         list(pool.map(fsync_path, paths))
         facts = list(pool.map(file_facts, paths))
@@ -127,7 +132,7 @@ def seal(directory: Path, step: int, extra: dict) -> dict:
         fsync_path(folder)
     fail_point("before_manifest", step)
     content = {"format": FORMAT, "step": step, "extra": extra,
-               "files": {path.relative_to(directory).as_posix(): fact for path, fact in zip(paths, facts)}}
+               "files": known | {path.relative_to(directory).as_posix(): fact for path, fact in zip(paths, facts)}}
     atomic_write(directory / MANIFEST, manifest_text(content))
     return content
 
@@ -190,11 +195,12 @@ def read_state(path: Path | str) -> TrainState:
 
 # ---- save
 
-def save_checkpoint(run_dir: Path | str, state: TrainState, write: Callable[[Path], None], *, keep: int,
+def save_checkpoint(run_dir: Path | str, state: TrainState, write: Callable[[Path], dict | None], *, keep: int,
                     extra: dict | None = None) -> Path:
     """Write checkpoint-<state.step> and then rotate; returns its path, on disk to the last bit.
 
-    write(dir) puts weights, optimizer and so on into the directory. `extra` (JSON-able) is stored in the manifest.
+    write(dir) puts weights, optimizer and so on into the directory and may return what `seal` need not find out.
+    `extra` (JSON-able) is stored in the manifest.
     What the step has to say in metrics.jsonl comes before its save, so that no line is lost. After any fault the
     partial directory is removed, the older checkpoints stand, and the fault propagates; a full disk as OSError.
     """
@@ -205,10 +211,10 @@ def save_checkpoint(run_dir: Path | str, state: TrainState, write: Callable[[Pat
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir()
-        write(work)
+        known = write(work)
         fail_point("after_weights", state.step)
         atomic_json(work / STATE, asdict(state))
-        seal(work, state.step, extra or {})
+        seal(work, state.step, extra or {}, known)
         if (run_dir / "metrics.jsonl").exists():  # a checkpoint is never younger than its log
             fsync_path(run_dir / "metrics.jsonl")
         fail_point("before_rename", state.step)

@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from common.card import model_card, modelfile
 from common.chat import Chat
 from common.checkpoint import atomic_json, atomic_write, verify
 from common.data import held_out_rows
 from common.material import Material
 from common.model import load_model, merge_and_save, sample_prompts, saved_dtype
-from common.overfit import divergence
-from common.report import read_lines
 from common.rows import RowReader
 from common.run import Run, read_weights, write_model
+from common.sharded import is_sharded, whole_model
 
 
 def leave_plan(run: Run, described: dict, material: Material) -> None:
@@ -83,16 +83,20 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
     """The best model (by validation loss; without validation the last) at the top, and what was asked for beside it."""
     state, config = run.state, run.config
     run.watch.close()  # from here on the main process works alone, for as long as it takes
-    if state.best_step not in (None, state.step):
-        best = run.directory / f"checkpoint-{state.best_step}"
-        if problems := verify(best):
-            raise OSError(errno.EIO, f"damaged ({'; '.join(problems[:3])}). Start again with --resume_from_checkpoint: "
-                          "it goes back to the newest checkpoint from which this one can be made again", str(best))
-        read_weights(run, best)
-        run.say(f"best validation loss {state.best_loss:.4f} at step {state.best_step:,}: these weights are kept")
+    best, sharded = run.directory / f"checkpoint-{state.best_step or state.step}", is_sharded(run.accelerator)
+    earlier = state.best_step not in (None, state.step)
+    if earlier and (problems := verify(best)):
+        raise OSError(errno.EIO, f"damaged ({'; '.join(problems[:3])}). Start again with --resume_from_checkpoint: "
+                      "it goes back to the newest checkpoint from which this one can be made again", str(best))
     run.accelerator.wait_for_everyone()
     if not run.main:
         return
+    if sharded:
+        run.loss_model, run.wrapped, run.optimizer = whole_model(run), None, None
+    if sharded or earlier:
+        read_weights(run, best)
+    if earlier:
+        run.say(f"best validation loss {state.best_loss:.4f} at step {state.best_step:,}: these weights are kept")
     dtype = saved_dtype(run.loss_model.causal_lm.config, config.merge_dtype) if config.merge_dtype else run.export_dtype
     write_model(run, chat, run.directory, dtype)
     what = "adapter" if config.use_lora else f"model ({str(dtype)[6:]})"
@@ -108,15 +112,17 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
         run.say(f"merged model: {run.directory / 'merged'}; largest logit difference to the adapter "
                 f"{merged['fp32']:.1e} in "
                 f"fp32, {merged['saved']:.1e} as saved ({merged['dtype']})")
-    atomic_write(run.directory / "README.md", model_card(run, chat, material, merged))
-    report(run)
+    atomic_write(run.directory / "README.md", model_card(run.directory, state, chat, merged))
+    atomic_write(run.directory / "Modelfile", modelfile(chat, config.system_prompt))
+    report(run, chat, material)
 
 
-def report(run: Run) -> None:
+def report(run: Run, chat: Chat, material: Material) -> None:
     """Write report.html from what the run left."""
-    from common.report import training_report
+    from common.report_train import first_examples, training_report
 
-    training_report(run.directory)
+    lengths = {source.name: source.lengths for source in material.plan.sources}
+    training_report(run.directory, lengths, first_examples(material, chat))
     run.say(f"report: {run.directory / 'report.html'}")
 
 
@@ -140,50 +146,3 @@ def show_answers(run: Run, chat: Chat) -> None:
                       "source": case.source})
         run.say(f"> {case.prompt}", f"{text}{'' if one.stopped else ' … (cut)'}", "")
     write_jsonl(run.directory / "samples.jsonl", lines)
-
-
-def model_card(run: Run, chat: Chat, material: Material, merged: dict | None) -> str:
-    """README.md of the run, with metadata the Hub understands."""
-    import yaml
-
-    config, plan, state = run.config, material.plan.summary(), run.state
-    base = config.init_from or config.model_path
-    head = {"base_model": base, "library_name": "peft" if config.use_lora else "transformers",
-            "pipeline_tag": "text-generation", "tags": ["sft"]}
-    shares = [f"| {s['name']} | {s['examples']:,} | {s['draws']:,} | {s['share_examples']:.4f} | "
-              f"{s['trained_tokens']:,} |"
-              for s in plan["sources"]]
-    loss = "" if state.best_loss is None else (
-        f"Best validation loss {state.best_loss:.4f} nats a token, at step {state.best_step:,}. ")
-    note = divergence(read_lines(run.directory / "metrics.jsonl"))
-    loss += f"Note: {note}. " if note else ""
-    library, cls = ("peft", "AutoPeftModelForCausalLM") if config.use_lora else ("transformers", "AutoModelForCausalLM")
-    proof = "" if merged is None else (
-        "`merged/` is the stand-alone model; its logits differ from the adapter's by at most "
-        f"{merged['saved']:.1e}.\n\n")
-    return f"""---
-{yaml.safe_dump(head, sort_keys=False).strip()}
----
-# {run.directory.name}
-
-Supervised fine-tuning of `{base}` ({'LoRA' if config.use_lora else 'all weights'}), template `{chat.template_name}`.
-{loss}{state.step:,} steps, {state.tokens:,} tokens ({state.trained_tokens:,} trained), {state.seconds / 60:.1f}
-minutes.
-
-| data set | examples | drawn | share | trained tokens |
-|---|---:|---:|---:|---:|
-{chr(10).join(shares)}
-
-```python
-from {library} import {cls}
-from transformers import AutoTokenizer
-
-model = {cls}.from_pretrained(place)
-tokenizer = AutoTokenizer.from_pretrained(place)
-turns = [{{"role": "user", "content": "Hello"}}]
-ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0]))
-```
-
-{proof}Settings, versions and fingerprints: `run.json`; what was drawn: `plan.json`; held-out rows: `val.jsonl`.
-"""

@@ -77,6 +77,9 @@ def find_model(path: str) -> Place:
                 if (beside / "config.json").exists():
                     return Place(str(beside), str(place))
             return Place(named, str(place))
+        if (place / "shards").is_dir():
+            raise UserError(f"{path}: a checkpoint in shards, which only 03_sft.py reads (--resume_from_checkpoint). "
+                            f"The finished model is in {place.parent}.")
         if not (place / "config.json").exists():
             raise UserError(f"{path}: no model in this directory (config.json is missing). Give the directory that "
                             "scripts/02_pretrain.py or save_pretrained wrote, or a Hub id.")

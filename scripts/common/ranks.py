@@ -14,14 +14,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from common.faults import RankLost, SaidElsewhere
+from common.faults import RankLost, SaidElsewhere, UserError
 from common.rundir import read_status, write_status
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from common.settings import SftConfig
 
 T = TypeVar("T")
 COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out|broken pipe|recv\w* fail|socket",
@@ -171,6 +174,70 @@ class Watch:
         if old.get("status") == "running":
             kept = {name: old[name] for name in ("step", "total_steps", "resume_command") if name in old}
             write_status(self.directory, **kept, status="failed", exit_status=RankLost.status, reason=reason)
+
+
+def start_processes(config: SftConfig) -> Accelerator:
+    """Start the processes (or find them started); refuse a launch that left them apart, or an engine this cannot do."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    from common.sharded import check_engine, refuse_deepspeed
+
+    refuse_deepspeed()
+    # Watch ends a job that hangs and says where; the backend's own limit comes after it
+    limit = timedelta(minutes=config.rank_timeout_minutes + 5)
+    try:
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
+    except RuntimeError as fault:
+        if of_a_collective(fault):
+            raise RankLost(sentence(["the processes did not find each other"], str(fault).splitlines()[0])) from None
+        raise
+    check_launch(accelerator.num_processes)
+    check_engine(accelerator, config)
+    return accelerator
+
+
+def check_launch(processes: int) -> None:
+    """UserError if the launcher was asked for more processes than there are in this job."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and processes == 1:
+        raise UserError(f"the launcher started {started} processes, but each would train alone. On CPU set the "
+                        "environment variable ACCELERATE_USE_CPU=true; on GPUs start with accelerate launch "
+                        "--multi_gpu.")
+    if (asked := processes_asked_for()) > processes:
+        raise UserError(f"accelerate launch was asked for {asked} processes and started {processes}. On GPUs give "
+                        "--multi_gpu, or one of the files in config/accelerate; several processes on a CPU are started "
+                        f"by: ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} scripts/03_sft.py …")
+
+
+def processes_asked_for() -> int:
+    """The number of processes that the `accelerate launch` above this one was asked for; 1 if nothing is known."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return 1
+    return asked_for(words, sys.argv[0])
+
+
+def asked_for(words: list[str], script: str) -> int:
+    """--num_processes of a command line, or of its file; 1 if it is no `accelerate launch`. That runs a single process,
+    without a word, where it finds no GPUs and is not told --multi_gpu."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    if "launch" not in words or not any("accelerate" in word for word in words[:words.index("launch")]):
+        return 1
+    words, given = words[:words.index(script) if script in words else None], {}  # the rest is the script's own
+    for word, following in zip(words, [*words[1:], ""]):
+        name, _, value = word.partition("=")
+        if name.startswith("--"):
+            given[name[2:].replace("-", "_")] = value or following
+    if "num_processes" in given:
+        return int(given["num_processes"])
+    if "cpu" in given and "config_file" not in given:  # then accelerate does not read its default file
+        return 1
+    file = Path(given.get("config_file", default_config_file))
+    found = re.search(r"^num_processes: *(\d+)", file.read_text(), re.MULTILINE) if file.is_file() else None
+    return int(found[1]) if found else 1
 
 
 def of_a_collective(fault: BaseException | None) -> bool:

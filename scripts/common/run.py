@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from common.chat import Chat
 from common.checkpoint import TrainState, check_space, checkpoints, read_state, save_checkpoint
 from common.config import differences, level, to_dict
 from common.data import Part, Parts
-from common.faults import RankLost, UserError
+from common.faults import UserError
 from common.loss import LossModel, choose_attention
 from common.material import Material, gather, recommended_weights
 from common.model import (
@@ -36,9 +35,10 @@ from common.model import (
     saved_dtype,
     set_special_ids,
 )
-from common.ranks import Watch, of_a_collective, on_main, sentence
+from common.ranks import Watch, on_main, start_processes
 from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes
 from common.settings import SftConfig
+from common.sharded import has_shards, is_sharded, prepare, read_shards, spread_optimizer, write_shards
 from common.train import StepResult, evaluation_rows, make_optimizer
 
 
@@ -73,22 +73,10 @@ class Run:
 
 
 def start(config: SftConfig, argv: list[str]) -> Run:
-    """Start the processes (or find them started); refuse a launch that left them apart."""
-    from accelerate.utils import InitProcessGroupKwargs, set_seed
+    """Start the processes (or find them started)."""
+    from accelerate.utils import set_seed
 
-    # Watch ends a job that hangs and says where; the backend's own limit comes after it
-    limit = timedelta(minutes=config.rank_timeout_minutes + 5)
-    try:
-        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
-    except RuntimeError as fault:
-        if of_a_collective(fault):
-            raise RankLost(sentence(["the processes did not find each other"], str(fault).splitlines()[0])) from None
-        raise
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
-    if promised > 1 and accelerator.num_processes == 1:
-        raise UserError(f"the launcher started {promised} processes, but each would train alone. On CPU set the "
-                        f"environment "
-                        "variable ACCELERATE_USE_CPU=true; on GPUs start with accelerate launch --multi_gpu.")
+    accelerator = start_processes(config)
     set_seed(config.seed)
     return Run(config, accelerator, argv, Watch(accelerator, config.rank_timeout_minutes))
 
@@ -180,8 +168,9 @@ def check_unchanged(run: Run, new: dict, opened: Opened) -> None:
                    fingerprint_differences(old["fingerprints"], new["fingerprints"]))
 
 
-def load_run(run: Run, chat: Chat, material: Material) -> None:
-    """Load the base model, add tokens and LoRA, choose and prove the attention path, make the optimizer."""
+def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None = None) -> None:
+    """Load the base model, add tokens and LoRA, make the optimizer, choose and prove the attention path; go on from
+    `checkpoint` if there is one."""
     config, accelerator = run.config, run.accelerator
     source = config.init_from or config.model_path
     run.export_dtype = saved_dtype(model_config(source, config.revision), None)
@@ -207,20 +196,25 @@ def load_run(run: Run, chat: Chat, material: Material) -> None:
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         causal_lm.enable_input_require_grads()
-    run.loss_model = LossModel(model.to(accelerator.device), "sdpa", config.neftune_noise_alpha)
+    sharded = is_sharded(accelerator)
+    # a model that no device may hold whole stays where it is until each process has cut out its part
+    run.loss_model = LossModel(model if sharded else model.to(accelerator.device), "sdpa", config.neftune_noise_alpha)
     if config.compile:
         run.say(compile_layers(causal_lm if model is causal_lm else model.get_base_model()))
     total, trained = count_parameters(model)
     run.say(f"model {source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
             f"({'LoRA' if config.use_lora else 'full'}), precision {accelerator.mixed_precision}, "
             f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}")
+    on_main(run.watch, lambda: check_space(run.directory, bytes_to_come(run)))
+    if checkpoint and sharded and not has_shards(checkpoint):
+        read_weights(run, checkpoint)
+    run.wrapped, run.optimizer = prepare(accelerator, run.loss_model, make_optimizer(run.loss_model, config))
     probe = sorted((e for row in material.plan.step_rows(0) for e in material.examples(row)),
                    key=lambda e: len(e.input_ids))[:2]
     with accelerator.autocast():
         run.say(*choose_attention(run.loss_model, probe, chat.pad_id, config.attn_implementation, config.packing))
-    on_main(run.watch, lambda: check_space(run.directory, bytes_to_come(run)))
-    optimizer = make_optimizer(run.loss_model, config)
-    run.wrapped, run.optimizer = accelerator.prepare(run.loss_model, optimizer)
+    if checkpoint:
+        restore(run, checkpoint)
 
 
 def bytes_to_come(run: Run) -> int:
@@ -273,12 +267,20 @@ def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], 
 
 def save_state(run: Run, chat: Chat) -> None:
     """Write checkpoint-<step>: model or adapter as trained (fp32), optimizer, state, tokenizer."""
-    if run.main:
-        def write(directory: Path) -> None:
-            write_model(run, chat, directory, torch.float32)
-            torch.save(run.optimizer.state_dict(), directory / "optimizer.pt")
+    sharded = is_sharded(run.accelerator)
+    run.watch.at(f"checkpoint-{run.state.step}")
 
+    def write(directory: Path) -> dict | None:
+        if sharded:
+            chat.save(directory)
+            return write_shards(run.loss_model, run.optimizer, directory)
+        write_model(run, chat, directory, torch.float32)
+        torch.save(run.optimizer.state_dict(), directory / "optimizer.pt")
+
+    if run.main:
         save_checkpoint(run.directory, run.state, write, keep=run.config.save_total_limit)
+    elif sharded:
+        write_shards(run.loss_model, run.optimizer, None)
     run.accelerator.wait_for_everyone()
 
 
@@ -298,6 +300,8 @@ def read_weights(run: Run, directory: Path) -> None:
     from safetensors.torch import load_file
 
     model, state = run.loss_model.model, {}
+    if has_shards(directory):
+        return read_shards(run.loss_model, None, directory)
     for file in sorted(directory.glob("*.safetensors")):
         state.update(load_file(str(file)))
     if run.config.use_lora:
@@ -316,10 +320,18 @@ def read_weights(run: Run, directory: Path) -> None:
 
 
 def restore(run: Run, directory: Path) -> None:
-    """Go on from a checkpoint: weights, optimizer and state."""
-    read_weights(run, directory)
-    # through the CPU: "cpu:0", the device of several processes without GPU, is no place that torch.load knows
-    run.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True))
+    """Go on from a checkpoint: weights, optimizer and state. One in shards is read by any number of processes, and one
+    of a single process by those that hold a model in shards (their weights are read before it is cut)."""
+    if has_shards(directory):
+        read_shards(run.loss_model, run.optimizer, directory)
+    else:
+        # through the CPU: "cpu:0", the device of several processes without GPU, is no place that torch.load knows
+        saved = torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True)
+        if is_sharded(run.accelerator):
+            spread_optimizer(run.optimizer, saved)
+        else:
+            read_weights(run, directory)
+            run.optimizer.load_state_dict(saved)
     run.state = read_state(directory)
     run.say(f"resumed from {directory}: step {run.state.step:,}")
 
@@ -368,30 +380,3 @@ def _spoken(line: dict, n_steps: int, state: TrainState) -> str:
         return f"{head} eval loss {line['eval_loss']:.4f} {each}{best}"
     return (f"{head} loss {line['loss']:.4f} lr {line['learning_rate']:.2e} grad {line['grad_norm']:.2f} "
             f"{line['tokens_per_second']:,.0f} tok/s ({line['trained_tokens_per_second']:,.0f} trained)")
-
-
-def start_trackers(run: Run) -> Callable[[dict | None], None]:
-    """Start what --report_to names; give a function that passes a metrics line on."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    names = [name for name in run.config.report_to if name != "none"]
-    if not names or not run.main:
-        return lambda line: None
-    started = []
-    for name in names:
-        try:
-            cls = LOGGER_TYPE_TO_CLASS[name]
-            tracker = cls(name, str(run.directory)) if cls.requires_logging_directory else cls("sft")
-            tracker.start()
-        except Exception as fault:  # a tracker must not cost a run; which one is missing is said
-            raise UserError(f"--report_to {name}: it cannot be started ({type(fault).__name__}: {fault}). Install and "
-                            f"log in "
-                            "to it, or leave it out.") from fault
-        started.append(tracker)
-
-    def track(line: dict | None) -> None:
-        for tracker in started if line else ():
-            numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
-            tracker.log(numbers, step=line["step"])
-
-    return track

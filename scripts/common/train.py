@@ -25,6 +25,7 @@ from common.loss import LossModel, batch_inputs, make_batch
 from common.material import Material
 from common.order import pack
 from common.plan import Plan
+from common.sharded import is_sharded
 
 if TYPE_CHECKING:
     from common.settings import SftConfig
@@ -103,7 +104,9 @@ def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torc
         examples = [material.examples(row) for row in rows[i * size:(i + 1) * size]]
         batch = make_batch(examples, material.pad_id, config.pad_to_multiple_of or 1, flat).to(accelerator.device)
         last = i == passes - 1
-        with nullcontext() if last else accelerator.no_sync(model):
+        # whole gradients of a model in shards would not fit: those of an adapter wait, others are summed in every pass
+        wait = not last and (config.use_lora or not is_sharded(accelerator))
+        with accelerator.no_sync(model) if wait else nullcontext():
             loss = model(**batch_inputs(batch))
             if last:
                 at(f"step {step + 1}, the sum of the gradients")
@@ -111,7 +114,7 @@ def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torc
         loss_sum += loss.detach()
     loss_sum = accelerator.reduce(loss_sum) if world > 1 else loss_sum
     norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    loss, norm = float(loss_sum) / total, float(norm)
+    loss, norm = float(loss_sum) / total, float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NotFinite(_not_finite(step, loss, norm, material.places(plan.step_rows(step))))
     fail_point("in_step", step + 1)
@@ -153,13 +156,15 @@ def evaluate_loss(accelerator: Accelerator, loss_model: LossModel, datasets: lis
     sums = np.zeros((len(datasets), 2))  # nats, tokens
     loss_model.eval()
     batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    # the same number on every rank, an empty one where there is none left: a model in shards is gathered by all
+    batches += [[]] * (-len(batches) % accelerator.num_processes)
     for chosen in batches[accelerator.process_index::accelerator.num_processes]:
         at("the evaluation")
         examples = [[datasets[s].example(int(e)) for s, e in row] for row in chosen]
         batch = make_batch(examples, pad_id, flat=loss_model.flat)
         with accelerator.autocast():
             losses, _ = loss_model.token_losses(batch.to(accelerator.device))
-        source = np.array([s for row in chosen for s, _ in row])[batch.owners]
+        source = np.array([s for row in chosen for s, _ in row], np.int64)[batch.owners]
         for s in np.unique(source):
             own = losses.double().cpu().numpy()[source == s]
             sums[s] += own.sum(), own.size

@@ -144,9 +144,10 @@ def different_entries(place: str, x: dict, y: dict) -> list[str]:
 
 def different_files(a: Path, b: Path) -> list[str]:
     """Differences of weights, optimizer state and state of two directories; which tensors, and by how much."""
-    kinds = ("*.safetensors", "optimizer.pt", "trainer_state.json", "val.jsonl", "base/*.safetensors")
+    kinds = ("*.safetensors", "optimizer.pt", "trainer_state.json", "val.jsonl", "base/*.safetensors",
+             "shards/.metadata")
     names = sorted({str(path.relative_to(of)) for of in (a, b) for kind in kinds for path in of.glob(kind)})
-    problems = [] if any(name.endswith(".safetensors") for name in names) else ["no weights were saved"]
+    problems = [] if any(name.endswith((".safetensors", ".metadata")) for name in names) else ["no weights were saved"]
     for name in names:
         if not ((a / name).exists() and (b / name).exists()):
             problems.append(f"{name}: only in one of the two runs")
@@ -179,7 +180,11 @@ def brief(value: object) -> str:
 
 
 def tensors_of(path: Path) -> list[tuple[str, object]]:
-    """(name, value) of everything in a file of weights or of optimizer state."""
+    """(name, value) of everything in a file of weights or of optimizer state, or in the shards beside `.metadata`."""
+    if path.name == ".metadata":
+        from common.sharded import all_tensors
+
+        return list(all_tensors(path.parent).items())
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 

@@ -1,0 +1,275 @@
+"""A model whose weights and optimizer are spread over the processes (FSDP2), and its checkpoints in shards.
+
+    checkpoint-<step>/shards/__<rank>_0.distcp, .metadata     torch.distributed.checkpoint, under the common seal
+
+Weights and optimizer state are stored by the name of the parameter, so any number of processes can read them: each
+takes its part, a single one takes all. What a run leaves in the end is written by one process, from a checkpoint.
+"""
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata
+
+from common.checkpoint import file_facts, fsync_path, no_space
+from common.faults import SaidElsewhere, UserError
+from common.loss import LossModel
+from common.model import find_model, load_model
+from common.settings import SftConfig
+
+if TYPE_CHECKING:
+    from common.run import Run
+
+T = TypeVar("T")
+SHARDS = "shards"
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether FSDP holds the model of this job."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def has_shards(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written by several processes together."""
+    return (checkpoint / SHARDS).is_dir()
+
+
+def refuse_deepspeed() -> None:
+    """UserError where the launcher asks for DeepSpeed. Its engine takes the optimizer step together with the backward
+    pass, before the gradient's norm is known, and its checkpoints are bound to the number of processes: a step with NaN
+    could not be stopped, and a resume would not be the exact one."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError("DeepSpeed: this script does not train under it. FSDP2 shards what ZeRO-3 shards: start it "
+                        "with --config_file config/accelerate/fsdp2.yaml.")
+
+
+def check_engine(accelerator: Accelerator, config: SftConfig) -> None:
+    """UserError for an engine, or a setting under it, that this loop does not do or that was not tried."""
+    kind = accelerator.distributed_type
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kind != DistributedType.FSDP:
+        raise UserError(f"FSDP: asked for, but accelerate runs {kind.value} here: it shards on accelerators only. On "
+                        "CPU use config/accelerate/cpu.yaml.")
+    if kind not in (DistributedType.NO, DistributedType.FSDP) and not kind.value.startswith("MULTI_"):
+        raise UserError(f"{kind.value}: this script trains in one process, with DDP or with FSDP2. Use one of the "
+                        "files in config/accelerate.")
+    other = accelerator.parallelism_config
+    if other and (other.tp_enabled or other.cp_enabled or other.sp_enabled):
+        raise UserError("parallelism_config: tensor, context and sequence parallelism are not supported. Leave "
+                        "tp_size, cp_size and sp_size at 1.")
+    if kind != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    for found, what, way in (
+            (plugin.fsdp_version != 2, "fsdp_version 1", "Set fsdp_version: 2."),
+            (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading", "Set it to false: tied embeddings "
+             "would come apart."),
+            (plugin.activation_checkpointing, "fsdp_activation_checkpointing", "Set it to false and give "
+             "--gradient_checkpointing, which does it."),
+            (accelerator.mixed_precision not in ("no", "bf16"), f"mixed_precision {accelerator.mixed_precision}",
+             "Use bf16."),
+            (config.load_in_4bit, "--load_in_4bit", "Train 4-bit models with DDP (config/accelerate/ddp.yaml)."),
+            (config.optim == "adafactor", "--optim adafactor", "Its row and column means do not know shards: use "
+             "adamw."),
+            (config.compile, "--compile", "Leave it out.")):
+        if found:
+            raise UserError(f"FSDP with {what}: not supported. {way}")
+
+
+def prepare(accelerator: Accelerator, loss_model: LossModel, optimizer: torch.optim.Optimizer) -> tuple:
+    """What accelerate makes of model and optimizer: (wrapped model, optimizer)."""
+    if not is_sharded(accelerator):
+        return accelerator.prepare(loss_model, optimizer)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+
+    plugin, causal_lm = accelerator.state.fsdp_plugin, loss_model.causal_lm
+    loss_model._no_split_modules = causal_lm._no_split_modules  # its layers, which accelerate looks for there
+    if not (causal_lm._no_split_modules or plugin.transformer_cls_names_to_wrap):
+        raise UserError(f"FSDP: a {causal_lm.config.model_type} model does not name its layers. Name their class in "
+                        "the file of --config_file: fsdp_transformer_layer_cls_to_wrap.")
+    # accelerate's own policy would sum gradients in bf16 and round the loss, a float64, to it
+    half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    refuse_different_weights(loss_model)
+    wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
+    for method in ("token_losses", "whole_logits"):  # the weights are gathered for these as for the forward pass
+        register_fsdp_forward_method(wrapped, method)
+    return wrapped, optimizer
+
+
+def refuse_different_weights(model: nn.Module) -> None:
+    """Every process cuts its part from its own copy of the model: they must be equal. No reason is known why not."""
+    sums = [float(p.detach().sum(dtype=torch.float64)) for p in model.parameters() if p.requires_grad]
+    everyone = gather(sums)
+    if any(other != everyone[0] for other in everyone):
+        raise RuntimeError("FSDP: the processes begin with different weights")
+
+
+def gather(mine: T) -> list[T]:
+    """What every process has, by rank."""
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return found
+
+
+# ---- save
+
+def save_shards(directory: Path) -> dict:
+    """The files that this process wrote into `directory`: name -> size and sha256, on disk to the last bit."""
+    rank = torch.distributed.get_rank()
+    own = sorted(directory.glob(f"__{rank}_*.distcp")) + ([directory / ".metadata"] if rank == 0 else [])
+    for path in own:
+        fsync_path(path)
+    return {f"{SHARDS}/{path.name}": file_facts(path) for path in own}
+
+
+def write_shards(model: LossModel, optimizer: torch.optim.Optimizer, directory: Path | None) -> dict:
+    """Every process writes its part of weights and optimizer below rank 0's `directory`; all must call it.
+
+    Returns name -> size and sha256 of all files, already flushed. A fault of any process is raised on rank 0; the
+    others end quietly.
+    """
+    place = Path(gather(str(directory))[0]) / SHARDS
+
+    def write() -> dict:
+        weights = trained(model)
+        state = {"weights": {name: p.detach() for name, p in weights.items()},
+                 "optimizer": {name: optimizer.state[p] for name, p in weights.items() if p in optimizer.state}}
+        dcp.save(state, storage_writer=filesystem.FileSystemWriter(place, sync_files=False))
+        return save_shards(place)
+
+    found, fault = {}, None
+    try:
+        found = write()
+    except (Exception, dcp.api.CheckpointException) as raised:
+        cause = next((each for each, _ in raised.failures.values()), raised) if hasattr(raised, "failures") else raised
+        number = no_space(cause) or (cause.errno if isinstance(cause, OSError) else None)
+        fault = OSError(number, str(cause), str(place)) if number else RuntimeError(repr(cause))
+    everyone = gather((found, fault))
+    fault = next((fault for _, fault in everyone if fault), None)
+    if fault and torch.distributed.get_rank():
+        raise SaidElsewhere(74 if isinstance(fault, OSError) else 1)
+    if fault:
+        raise fault
+    return {name: facts for files, _ in everyone for name, facts in files.items()}
+
+
+def trained(model: LossModel) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name; a tied one once."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():  # after an evaluation the outermost weights still lie there gathered, as copies
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---- load
+
+class Unpickler(pickle.Unpickler):
+    """Of the table of contents of a checkpoint, which is a pickle: nothing but its own plain classes is made."""
+
+    def find_class(self, module: str, name: str) -> object:
+        """The class of that name, if it is one of those."""
+        if module == "torch.distributed.checkpoint.metadata" and isinstance(found := getattr(metadata, name, 0), type):
+            return found
+        known = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+                 ("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+                 ("pathlib", "PosixPath"): Path, ("pathlib", "Path"): Path}
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+        return known[module, name]
+
+
+class Reader(filesystem.FileSystemReader):
+    """The library's reader (tensors with weights_only), but for the pickle."""
+
+    def read_metadata(self, *_: object, **__: object) -> metadata.Metadata:
+        """The table of contents."""
+        with open(Path(self.path) / ".metadata", "rb") as stream:
+            found = Unpickler(stream).load()
+        found.storage_meta = found.storage_meta or metadata.StorageMeta()
+        return found
+
+
+def read_shards(model: LossModel, optimizer: torch.optim.Optimizer | None, checkpoint: Path) -> None:
+    """Load weights (and optimizer state) from shards into a model that is sharded or whole; every weight must be there.
+
+    In a job of several processes all must call it; one alone (`optimizer` None) may do it for itself.
+    """
+    reader = Reader(checkpoint / SHARDS)
+    there = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    weights = trained(model)
+    expected = {f"weights.{name}": tuple(p.shape) for name, p in weights.items()}
+    if wrong := expected.items() ^ {(name, shape) for name, shape in there.items() if name.startswith("weights.")}:
+        raise UserError(f"{checkpoint}: the checkpoint does not fit the model ({len({n for n, _ in wrong})} weights "
+                        f"differ, for example {sorted(wrong)[0][0]}). Resume with the settings the run was started "
+                        "with.")
+    states: dict[str, dict] = {}
+    for name, p in weights.items() if optimizer else ():
+        prefix = f"optimizer.{name}."
+        for key in (entry.removeprefix(prefix) for entry in there if entry.startswith(prefix)):
+            shape = there[prefix + key]
+            states.setdefault(name, {})[key] = torch.zeros_like(p) if shape == tuple(p.shape) else torch.zeros(shape)
+    tensors = {name: p.detach() for name, p in weights.items()}
+    load({"weights": tensors, "optimizer": states}, reader, alone=optimizer is None)
+    for name, state in states.items():
+        optimizer.state[weights[name]] = state
+
+
+def all_tensors(shards: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in a directory of shards, whole, by name."""
+    reader = Reader(shards)
+    there = reader.read_metadata().state_dict_metadata
+    found = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in there.items()}
+    load(found, reader, alone=True)
+    return found
+
+
+def load(tensors: dict, reader: Reader, alone: bool) -> None:
+    """Fill the tensors; all processes together, or one alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+        dcp.load(tensors, storage_reader=reader, no_dist=alone)
+
+
+def spread_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load the optimizer state of one process, in which parameters are numbered, into that of a sharded model."""
+    from torch.distributed.tensor import distribute_tensor
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for number, p in zip(numbers, parameters, strict=True):
+        if number in saved["state"]:
+            optimizer.state[p] = {
+                key: distribute_tensor(value.to(p.device), p.device_mesh, p.placements) if value.shape == p.shape
+                else value for key, value in saved["state"][number].items()}
+
+
+def whole_model(run: Run) -> LossModel:
+    """The run's model once more, whole and in this process alone, on the CPU; its trained weights are still to be read
+    (`read_shards`)."""
+    model, causal_lm = run.loss_model.model, run.loss_model.causal_lm
+    if model is causal_lm:
+        whole = bare = type(causal_lm)._from_config(deepcopy(causal_lm.config), dtype=torch.float32)
+    else:
+        from peft import get_peft_model
+
+        config, source = model.peft_config["default"], find_model(run.config.init_from or run.config.model_path)
+        path = config.base_model_name_or_path
+        bare = load_model(source.base if source.adapter else path, revision=run.config.revision)
+        whole = get_peft_model(bare, deepcopy(config))
+        whole.peft_config["default"].base_model_name_or_path = path
+    bare.generation_config = causal_lm.generation_config
+    return LossModel(whole, "sdpa")
