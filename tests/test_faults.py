@@ -606,12 +606,12 @@ def seen_rows(out: Path) -> callable:
             now[0] = None
             return result
 
-        def make_batch(rows: list, *args: object) -> object:
+        def make_batch(rows: list, *args: object, **options: object) -> object:
             if now[0]:
                 with open(f"{out}.seen.{os.environ.get('RANK', 0)}", "a") as log:
                     for row in rows:
                         log.write(json.dumps([now[0], [example.input_ids.tolist() for example in row]]) + "\n")
-            return real_batch(rows, *args)
+            return real_batch(rows, *args, **options)
         train.train_step, train.make_batch = train_step, make_batch
     return patch
 
