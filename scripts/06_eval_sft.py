@@ -374,7 +374,7 @@ def leave(config: EvalConfig, subject: Subject, other: Baseline | None, sets: li
     from common.config import to_dict
     from common.evaluate import results, samples
     from common.questions import train_answers
-    from common.report import eval_report
+    from common.report_eval import eval_report
     from common.tables import evaluation_table
 
     pairs = [(s.name, s.cases) for s in sets]

@@ -38,7 +38,7 @@ def warm() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import common.leave
-    import common.report
+    import common.report_eval
     import common.run
     import common.show  # noqa: F401
 
@@ -180,7 +180,7 @@ class Bench:
             if not report:  # plots take longer than the training here
                 import common.leave
 
-                common.leave.report = lambda run: None
+                common.leave.report = lambda *_: None
             if patch:
                 patch()
 

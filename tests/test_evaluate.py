@@ -482,10 +482,10 @@ def test_figures_depend_on_the_rows_alone(run: Path, tmp_path: Path, dtype: str,
 
     In bfloat16 the likeliest two tokens are often equal, and how they are rounded decides an answer: losses alone."""
     def quick() -> None:
-        import common.report
+        import common.report_eval
         import common.scores
 
-        common.report.eval_report = lambda *parts: ""
+        common.report_eval.eval_report = lambda *parts: ""
         common.scores.RESAMPLES = 200
 
     rows = [{"prompt": r["prompt"] * (1 + i % 4), "response": r["response"]} for i, r in enumerate(chat_rows(21, 3))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import write_rows
 
-from common import report
+from common import report_eval, report_train
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>$\\frac{1}$</pre><b>&amp;'
 VOID = {"meta", "img", "br", "path", "use", "rect", "input", "link", "circle"}
@@ -81,7 +81,7 @@ def test_hostile_text_is_text() -> None:
     """Guards against a prompt, an answer, a data set or a model whose name is markup."""
     lines = [sample(**{key: HOSTILE for key in ("dataset", "source", "prompt", "reference", "prediction")},
                     baseline_prediction=HOSTILE, exact_match=False)]
-    page = safe(report.eval_report(found([HOSTILE, "second"]), lines))
+    page = safe(report_eval.eval_report(found([HOSTILE, "second"]), lines))
     assert page.text.count(HOSTILE) >= 5
 
 
@@ -89,7 +89,7 @@ def test_worst_answers_come_first() -> None:
     """Guards against failures hidden at the end: wrong before right, then endless, then by loss."""
     lines = [sample(prompt="fine"), sample(prompt="high loss", nll=9.0), sample(prompt="endless", stopped=False),
              sample(prompt="wrong", exact_match=False)]
-    text = safe(report.eval_report(found(["d"]), lines)).text
+    text = safe(report_eval.eval_report(found(["d"]), lines)).text
     places = [text.index(p) for p in ("wrong", "endless", "high loss", "fine")]
     assert places == sorted(places)
 
@@ -97,9 +97,9 @@ def test_worst_answers_come_first() -> None:
 def test_a_thousand_answers_stay_small_and_quick() -> None:
     """Guards against a page that no phone opens; what is left out is said."""
     started = time.monotonic()
-    page = report.eval_report(found(["d"]), [sample(prompt="p" * 10_000, prediction="é" * 5000)] * 1000)
+    page = report_eval.eval_report(found(["d"]), [sample(prompt="p" * 10_000, prediction="é" * 5000)] * 1000)
     assert len(page.encode()) < 2_000_000 and time.monotonic() - started < 10
-    assert "200 of 1,000" in page and "8,000 more characters" in page
+    assert " of 1,000; all are in samples.jsonl" in page and "8,000 more characters" in page
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_training_report_shows_what_the_run_left(run: Path) -> None:
     """Guards against a torn metrics line, names that are markup or broken TeX, and plots that are not in the page."""
-    report.training_report(run)
+    report_train.training_report(run)
     page = safe((run / "report.html").read_text(encoding="utf-8"))
     for part in ("loss, nats a token", "learning rate", "What was drawn", "99.0% full", "empty answer", "did not stop",
                  "Best validation loss 0.2500 nats a token at step 8"):
@@ -136,13 +136,13 @@ def test_a_training_report_shows_what_the_run_left(run: Path) -> None:
 def test_a_report_needs_none_of_its_files(run: Path, missing: str) -> None:
     """Guards against a run that fails at its very end for want of a file the report would show."""
     (run / missing).unlink()
-    report.training_report(run)
+    report_train.training_report(run)
     safe((run / "report.html").read_text(encoding="utf-8"))
 
 
 def test_the_same_run_gives_the_same_page(run: Path) -> None:
     """Guards against dates and random ids in plots, which make every copy of a report differ."""
-    report.training_report(run)
+    report_train.training_report(run)
     first = (run / "report.html").read_bytes()
-    report.training_report(run)
+    report_train.training_report(run)
     assert (run / "report.html").read_bytes() == first

@@ -70,23 +70,26 @@ def describe_memory(run: Run, base: object, chat: Chat) -> str:
 
 
 def mark_trained(encoded: Encoded, chat: Chat, colour: bool | None = None) -> str:
-    """The text of an example with its trained tokens between « and » (green on a terminal).
+    """The text of an example with its trained tokens between « and » (green on a terminal)."""
+    colour = sys.stdout.isatty() if colour is None else colour
+    before, after = ("\x1b[32m«", "»\x1b[0m") if colour else ("«", "»")
+    return "".join(f"{before}{part}{after}" if trained else part for part, trained in marked_parts(encoded, chat))
+
+
+def marked_parts(encoded: Encoded, chat: Chat) -> list[tuple[str, bool]]:
+    """The text of an example in parts, and whether each is trained.
 
     Control tokens are shown as they are; white space at the seams may look different from the text, the ids do not.
     """
-    colour = sys.stdout.isatty() if colour is None else colour
-    before, after = ("\x1b[32m«", "»\x1b[0m") if colour else ("«", "»")
-    text, shown, inside = "", "", False
+    text, parts = "", []
     ids, trained = encoded.input_ids.tolist(), encoded.trained.tolist()
     start = 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or trained[i] != trained[start]:
             upto = chat.tokenizer.decode(ids[:i], skip_special_tokens=False)
-            part, text = upto[len(text):], upto
-            inside = trained[start]
-            shown += f"{before}{part}{after}" if inside else part
-            start = i
-    return shown
+            parts.append((upto[len(text):], trained[start]))
+            text, start = upto, i
+    return parts
 
 
 def show_example(material: Material, chat: Chat, limit: int = 1500) -> list[str]:
