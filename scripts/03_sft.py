@@ -160,7 +160,8 @@ def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
                 run.optimizer.state.clear()
             result = train_step(run.accelerator, run.wrapped, run.optimizer, material, config, state.step,
                                 run.watch.at)
-            line = count_step(state, result, plan, last=state.step + 1 == plan.n_steps, every=config.logging_steps)
+            line = count_step(state, result, plan, last=state.step + 1 == plan.n_steps, every=config.logging_steps,
+                              meter=run.meter)
             progress(state, result, line)
             trackers(line)
             last, better = state.step == plan.n_steps, False

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SPEED = ("tokens_per_second", "trained_tokens_per_second")
+SPEED = ("tokens_per_second", "trained_tokens_per_second", "mfu")
 
 
 @dataclass

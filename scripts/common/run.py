@@ -20,8 +20,10 @@ from common.checkpoint import TrainState, check_space, checkpoints, read_state, 
 from common.config import differences, level, to_dict
 from common.data import Part, Parts
 from common.faults import UserError
+from common.flops import Meter, make_meter
 from common.loss import LossModel, choose_attention
 from common.material import Material, gather, recommended_weights
+from common.memory import shape_of
 from common.model import (
     add_lora,
     add_tokens,
@@ -55,6 +57,7 @@ class Run:
     wrapped: nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
     export_dtype: torch.dtype = torch.float32
+    meter: Meter | None = None
 
     @property
     def directory(self) -> Path:
@@ -213,6 +216,10 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
                    key=lambda e: len(e.input_ids))[:2]
     with accelerator.autocast():
         run.say(*choose_attention(run.loss_model, probe, chat.pad_id, config.attn_implementation, config.packing))
+        run.meter = make_meter(shape_of(model_config(source, config.revision), len(chat.tokenizer)), config.use_lora,
+                               accelerator.device, accelerator.num_processes)
+    run.say(f"peak: {run.meter.peak / 1e9:,.0f} GFLOP/s in matrix products, measured; mfu is the share of it that goes "
+            "into useful work")
     if checkpoint:
         restore(run, checkpoint)
 
@@ -379,4 +386,5 @@ def _spoken(line: dict, n_steps: int, state: TrainState) -> str:
         each = f"({', '.join(by_name)}) " if len(by_name) > 1 else ""
         return f"{head} eval loss {line['eval_loss']:.4f} {each}{best}"
     return (f"{head} loss {line['loss']:.4f} lr {line['learning_rate']:.2e} grad {line['grad_norm']:.2f} "
-            f"{line['tokens_per_second']:,.0f} tok/s ({line['trained_tokens_per_second']:,.0f} trained)")
+            f"{line['tokens_per_second']:,.0f} tok/s ({line['trained_tokens_per_second']:,.0f} trained) "
+            f"mfu {line['mfu']:.0%}")

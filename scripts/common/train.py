@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from common.checkpoint import TrainState, fail_point
 from common.data import Dataset
 from common.faults import NotFinite
+from common.flops import Meter
 from common.loss import LossModel, batch_inputs, make_batch
 from common.material import Material
 from common.order import pack
@@ -175,7 +176,8 @@ def evaluate_loss(accelerator: Accelerator, loss_model: LossModel, datasets: lis
     return found
 
 
-def count_step(state: TrainState, result: StepResult, plan: Plan, last: bool, every: int) -> dict | None:
+def count_step(state: TrainState, result: StepResult, plan: Plan, last: bool, every: int,
+               meter: Meter) -> dict | None:
     """Book a step that was done; return a line for metrics.jsonl when one is due. Its loss is the token mean since the
     line before, its shares are of what the stage has drawn so far; the sums are part of the state, so that a resumed
     run writes the same lines."""
@@ -195,8 +197,9 @@ def count_step(state: TrainState, result: StepResult, plan: Plan, last: bool, ev
         return None
     line = {"step": state.step, "loss": sums["nats"] / sums["trained_tokens"], "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm, "tokens_per_second": round(sums["tokens"] / sums["seconds"], 1),
-            "trained_tokens_per_second": round(sums["trained_tokens"] / sums["seconds"], 1), "epoch": round(epoch, 6),
-            "stage": result.stage}
+            "trained_tokens_per_second": round(sums["trained_tokens"] / sums["seconds"], 1),
+            "mfu": round(meter.share(sums["tokens"], sums["trained_tokens"], sums["seconds"]), 4),
+            "epoch": round(epoch, 6), "stage": result.stage}
     if len(plan.sources) > 1:
         line |= {f"share/{name}": round(share, 6) for name, share in plan.shares(state.step - 1).items()}
     sums.clear()

@@ -27,7 +27,7 @@ from common.settings import SftConfig
 from common.signals import StopFlag
 
 STEPS, SAVED, KILLED = 6, 2, 4  # of the whole run; in the checkpoint resumed from; in which it is killed
-TIMES = ("tokens_per_second", "trained_tokens_per_second", "seconds", "since_log")  # differ between any two runs
+TIMES = ("tokens_per_second", "trained_tokens_per_second", "mfu", "seconds", "since_log")  # differ between any two runs
 Start = Callable[[list[str], dict[str, str], Path], int]
 
 
