@@ -411,7 +411,7 @@ def test_tokens_that_swallow_white_space(byte_level: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("source, finding", [
-    ("{% for m in messages %}{{ m.content }}{% endfor %}", "not followed by a control token"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not end in a control token"),
     ("{% for m in messages %}{{ m.content", "not a Jinja template"),
     ("{% import 'os' as os %}{{ messages[0].content }}", "cannot render"),
     ("{% include '/etc/passwd' %}", "cannot render"),

@@ -40,6 +40,9 @@ TEMPLATE = """\
 {% endfor %}
 """
 TOKENS = {"b_include_to_loss_token": "^", "e_include_to_loss_token": "$", "e_assistant_token": "°"}
+EVERYBODY = ("{% for turn in messages %}{{ chat_template_data.special_tokens.b_include_to_loss_token + turn.content + "
+             "chat_template_data.special_tokens.e_assistant_token + "
+             "chat_template_data.special_tokens.e_include_to_loss_token }}{% endfor %}")
 DATA = {"assistant_role": "Bot", "system_instruction": "be good", "special_tokens": TOKENS}
 ROLES = {"human_1": "One", "human_2": "Two", "gpt": "Bot"}
 KINDS = ("spm_unigram", "spm_bpe", "byte_level")
@@ -230,7 +233,9 @@ def test_roles(file, tmp_path, spm_unigram):
     ({"template": TEMPLATE + "{% for %}"}, "not a Jinja template"),
     ({"template": TEMPLATE + "{{ ''.__class__.__mro__ }}"}, "unsafe"),
     ({"template": TEMPLATE.replace("{{ chat_template_data.special_tokens.e_assistant_token}}\n", "")},
-     "not followed by a control token"),
+     "does not end in a control token"),
+    ({"template": EVERYBODY}, "it marks a user's text as trained"),
+    ({"roles": {"human": "One", "gpt": "Boot"}}, 'role_mapping calls gpt "Boot"'),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_refused_files(file, spm_unigram, change, finding):
     """Guards against a file that trains nothing, never ends, or runs what it should not."""

@@ -90,9 +90,12 @@ class Chat:
 
     def _end_of_turn(self, probe: list[dict]) -> int:
         answer = [p for p in self._template.pieces(probe)[0] if p.turn is not None]
+        if any(probe[p.turn]["role"] != "assistant" for p in answer):
+            raise UserError(f"template {self.template_name}: it marks a user's text as trained. Put the marks around "
+                            "the assistant's text alone; --train_on_prompt trains everything.")
         if not answer or answer[-1].control is None:
-            raise UserError(f"template {self.template_name}: an answer is not followed by a control token, so a model "
-                            "could never learn to stop. End the assistant's turn with eos_token or a chat token.")
+            raise UserError(f"template {self.template_name}: what is trained of an answer does not end in a control "
+                            "token, so a model could never learn to stop. End it with eos_token or a chat token.")
         return answer[-1].control
 
     @cached_property

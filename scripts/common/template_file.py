@@ -106,6 +106,9 @@ def read_template_file(path: str) -> TemplateFile:
     if isinstance(data, dict) and assistant is None:
         problems.append("chat_template_data.assistant_role: it is missing, and role_mapping names no role that is "
                         "known as the assistant's. Say whose turns are trained.")
+    problems += [f'role_mapping calls {theirs} "{name}", but chat_template_data.assistant_role is "{assistant}", so '
+                 "that its turns would not be trained. Make them equal." for theirs, name in speakers.items()
+                 if assistant not in (None, theirs, *speakers.values()) and _role(theirs) == "assistant"]
     if isinstance(data, dict):
         problems += _not_plain(data, "chat_template_data")
     if problems:
