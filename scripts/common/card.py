@@ -113,8 +113,8 @@ def metadata(name: str, config: dict, base: str, data: dict[str, dict], losses: 
 
 def _summary(config: dict, base: str, chat: Chat, state: TrainState) -> str:
     how = "LoRA" if config["use_lora"] else "all weights"
-    return (f"Supervised fine-tuning of `{near(base)}` ({how}), template `{chat.template_name}`. {state.step:,} steps, {state.tokens:,} tokens ({state.trained_tokens:,} trained), "
-            f"{state.seconds / 60:.1f} minutes.")
+    return (f"Supervised fine-tuning of `{near(base)}` ({how}), template `{chat.template_name}`. {state.step:,} steps, "
+            f"{state.tokens:,} tokens ({state.trained_tokens:,} trained), {state.seconds / 60:.1f} minutes.")
 
 
 def _data(plan: dict, data: dict[str, dict], base: str) -> str:

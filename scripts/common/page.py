@@ -147,8 +147,8 @@ def curve(lines: list[dict], keys: dict[str, str], title: str, bounds: dict[int,
           best: int | None = None) -> str:
     """Values of metrics lines over steps; keys: name in the file -> label. Nothing if none of them is there.
 
-    bounds: the step after which a stage ends -> its name. best: a step to be marked. The scale is logarithmic where the
-    largest value is more than ten times the smallest.
+    bounds: the step after which a stage ends -> its name; none for a run of one stage. best: a step to be marked. The
+    scale is logarithmic where the largest value is more than ten times the smallest.
     """
     series = {label: [(m["step"], m[key]) for m in lines if isinstance(m.get(key), (int, float))]
               for key, label in keys.items()}
@@ -162,11 +162,12 @@ def curve(lines: list[dict], keys: dict[str, str], title: str, bounds: dict[int,
 
         if min(values) > 0 and max(values) > 10 * min(values):
             axes.set_yscale("log")
+            axes.set_ylim(min(values) / 1.3, max(values) * (2 if bounds else 1.3))
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
         else:
-            axes.set_ylim(bottom=0 if min(values) >= 0 else None, top=max(values) * 1.08 or 1)
+            axes.set_ylim(bottom=0 if min(values) >= 0 else None, top=max(values) * (1.2 if bounds else 1.08) or 1)
         for i, (label, points) in enumerate(series.items()):
             axes.plot(*zip(*points), label=label[:30], color=colour_of(i), linewidth=1.5,
                       marker="o" if len(points) < 30 else None, markersize=3)
@@ -186,7 +187,7 @@ def legend_above(axes: object) -> None:
 def _marks(axes: object, bounds: dict[int, str], best: int | None) -> None:
     """Where stages end, with their names at the top, and the best step."""
     before = 0
-    for step, name in bounds.items() if len(bounds) > 1 else ():
+    for step, name in bounds.items():
         axes.axvline(step, color=GREY, linewidth=0.8, linestyle=":")
         axes.text((before + step) / 2, 0.99, name[:20], transform=axes.get_xaxis_transform(), ha="center", va="top",
                   fontsize=8, color=GREY)

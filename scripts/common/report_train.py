@@ -105,9 +105,13 @@ def overfit_note(metrics: list[dict]) -> str:
 
 
 def training_curves(metrics: list[dict], plan: dict | None = None) -> str:
-    """Losses, losses by data set, learning rate, gradient norm and speed of a run; stages are marked."""
-    held = sorted({key for m in metrics for key in m if key.startswith("eval_loss/")})
-    bounds = {stage["end_step"]: stage["name"] for stage in (plan or {}).get("stages", ()) if stage["steps"]}
+    """Losses, losses by data set, learning rate, gradient norm, speed and shares of a run; stages are marked."""
+    order = [source["name"] for source in (plan or {}).get("sources", ())]  # a data set has one colour in all plots
+    place = lambda key: (order.index(key.partition("/")[2]) if key.partition("/")[2] in order else len(order), key)
+    held = sorted({key for m in metrics for key in m if key.startswith("eval_loss/")}, key=place)
+    drawn = sorted({key for m in metrics for key in m if key.startswith("share/")}, key=place)[:DATASETS_DRAWN]
+    stages = [stage for stage in (plan or {}).get("stages", ()) if stage["steps"]]
+    bounds = {stage["end_step"]: stage["name"] for stage in stages} if len(stages) > 1 else {}
     found = [(m["eval_loss"], m["step"]) for m in metrics if isinstance(m.get("eval_loss"), (int, float))]
     best = min(found)[1] if len(found) > 1 else None
     by_name = {key: key.removeprefix("eval_loss/") for key in held[:DATASETS_DRAWN]} if len(held) > 1 else {}
@@ -118,6 +122,8 @@ def training_curves(metrics: list[dict], plan: dict | None = None) -> str:
         curve(metrics, {"learning_rate": "rate"}, "Learning rate", bounds),
         curve(metrics, {"grad_norm": "norm"}, "Gradient norm", bounds),
         curve(metrics, {"tokens_per_second": "all", "trained_tokens_per_second": "trained"}, "Tokens a second",
+              bounds),
+        curve(metrics, {key: key.removeprefix("share/") for key in drawn}, "Share of what the stage has drawn",
               bounds)])
 
 
@@ -144,7 +150,7 @@ def _drawn(plan: dict, metrics: list[dict]) -> list[str]:
     if len(stages) > 1:
         parts += ["<h2>Stages</h2>", html_table(
             ["stage", "steps", "epochs", "data set", "drawn", "passes", "share asked", "of examples", "of tokens",
-             "training loss, first to last"], [row for stage in stages for row in _stage_rows(stage, metrics)])]
+             "training loss"], [row for stage in stages for row in _stage_rows(stage, metrics)])]
     dropped = [[text(name), text(reason), f"{n:,}"] for name, meta in plan.get("data", {}).items()
                for reason, n in meta.get("dropped", {}).items() if n]
     if dropped:
