@@ -79,7 +79,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     run.say(*chat.notes, *show.describe_data(material), show.describe_plan(material),
             show.describe_memory(run, base, chat))
     run.say(*show.show_example(material, chat))
-    run.say(*prove_chat(config, chat))
+    run.say(*prove_chat(config, chat, material))
     if config.export_rendered and run.main:
         run.say(leave.export_rendered(config.export_rendered, material, chat))
     if config.dry_run:
@@ -215,15 +215,17 @@ def check_length(config: SftConfig, base: object) -> None:
                         f"Set --max_seq_length {context} or less.")
 
 
-def prove_chat(config: SftConfig, chat: Chat) -> list[str]:
+def prove_chat(config: SftConfig, chat: Chat, material: Material) -> list[str]:
     """Prove tokenizer and template on the first rows of each file; a line for what was found."""
     from itertools import islice
 
     from common.rows import RowReader
 
-    rows = [row for path in config.all_dataset_paths() for row in islice(
-        RowReader(path, skip_bad_rows=config.skip_bad_rows, role_map=config.roles() | chat.role_map),
-        200)]
+    rows = []
+    for dataset in material.datasets:
+        reader = RowReader(dataset.path, skip_bad_rows=config.skip_bad_rows, role_map=config.roles() | chat.role_map)
+        used = set(dataset.lines.tolist())
+        rows += islice((row for row in reader if row.line in used), 200)
     apart = chat.encoded_apart
     found = chat.prove(rows)
     lines = []

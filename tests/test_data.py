@@ -159,6 +159,25 @@ def test_bad_rows_leave_no_cache(tmp_path: Path, chat: Chat) -> None:
     assert load(path, chat, skip_bad_rows=True).meta["rows_bad"] == 1
 
 
+def test_rows_that_the_template_refuses_are_bad_rows(tmp_path: Path, spm_bpe: str) -> None:
+    """An error without a place: one conversation in thousands that does not alternate, and nobody knows which."""
+    (tmp_path / "strict.jinja").write_text(
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must "
+        "alternate') }}{% endif %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}")
+    strict = load_chat(spm_bpe, str(tmp_path / "strict.jinja"))
+    rows = chat_rows(6)
+    for i in (2, 4):
+        rows[i]["system"] = "Be kind."
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError) as caught:
+        load(path, strict)
+    text = str(caught.value)
+    assert "rows.jsonl:3: template" in text and "rows.jsonl:5: template" in text and "must alternate" in text
+    assert "2 of 6 rows cannot be used" in text
+    found = load(path, strict, skip_bad_rows=True)
+    assert (found.meta["rows_bad"], found.meta["rows_kept"], list(found.lines)) == (2, 4, [1, 2, 4, 6])
+
+
 @pytest.mark.parametrize("path, finding", [("none.jsonl", "No such file"), ("", "is a directory")])
 def test_files_that_are_not_there(tmp_path: Path, chat: Chat, path: str, finding: str) -> None:
     """A traceback for a mistyped path."""

@@ -207,9 +207,14 @@ class Parts:
         gc.disable()  # rows are many small objects without cycles: a fifth of the time would go into looking for some
         try:
             rows = list(self.reader.rows_of(block))
+            try:
+                coded = list(zip(rows, self.chat.encode_rows(rows)))
+            except UserError:
+                self.chat.encoded_apart = apart
+                coded = self._good_ones(rows)
             examples: list[Encoded] = []
             part = Part(np.empty(0, np.int32), np.empty(0, np.bool_), self.reader.take())
-            for row, encoded in zip(rows, self.chat.encode_rows(rows)):
+            for row, encoded in coded:
                 found = fit(row, encoded, self.chat, self.max_seq_length, self.too_long, part.fitted)
                 if found:
                     examples += found
@@ -226,6 +231,16 @@ class Parts:
         finally:
             if collects:
                 gc.enable()
+
+    def _good_ones(self, rows: list[Row]) -> list[tuple[Row, Encoded]]:
+        """Rows one by one; those that the template or the tokenizer cannot follow are bad rows."""
+        good = []
+        for row in rows:
+            try:
+                good.append((row, self.chat.encode_rows([row])[0]))
+            except UserError as fault:
+                self.reader.refuse(row, str(fault))
+        return good
 
 
 def _tokenise(reader: RowReader, chat: Chat, max_seq_length: int, too_long: str, place: Path,

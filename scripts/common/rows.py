@@ -192,6 +192,13 @@ class RowReader(Counts):
                 self.rows_kept += 1
                 yield row
 
+    def refuse(self, row: Row, finding: str) -> None:
+        """Count a row that was given as good as a bad one."""
+        self.rows_kept -= 1
+        self.n_bad += 1
+        if self.n_bad <= SHOWN:
+            self.bad.append(f"{self.path}:{row.line}: {finding}")
+
     def _check_columns(self, records: RecordReader) -> None:
         """CSV and parquet: a needed column that is missing is one finding, not one for each row."""
         names = records.column_names
