@@ -431,6 +431,21 @@ def test_only_the_last_turn_of_a_long_conversation(byte_level: str) -> None:
     assert texts(chat, windows) == [(spelled("three", "four", "one", "tree"), "tree<|im_end|>")]
 
 
+def test_a_window_that_the_template_refuses(tmp_path: Path, spm_bpe: str) -> None:
+    """A run that ends because a window began with tool output, which strict templates refuse: the answer is counted."""
+    (tmp_path / "strict.jinja").write_text(
+        "{% for m in messages %}{% if loop.first and m.role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+        "{{ m.role + ':' + m.content + eos_token }}{% endfor %}")
+    strict = load_chat(spm_bpe, str(tmp_path / "strict.jinja"))
+    talk = [{"role": role, "content": role + " the cat sees the dog" * 4} for role in
+            ("user", "assistant", "tool", "assistant", "user", "assistant")]
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": talk}])
+    first = RowReader(write_rows(tmp_path / "first.jsonl", [{"messages": talk[:2]}]))
+    size = len(strict.encode_rows(list(first))[0].input_ids) + 5
+    found = load(path, strict, max_seq_length=size)
+    assert (len(found), found.meta["answers_dropped"], found.meta["rows_split"]) == (2, 1, 1)
+
+
 def test_an_answer_that_never_fits_is_counted(chat: Chat) -> None:
     """The rest of its conversation stays; the loss is named."""
     long = "word " * 60

@@ -347,9 +347,14 @@ def _message_windows(row: Row, chat: Chat, size: int) -> tuple[list[Encoded], in
     if len(exchanges) == 1 and messages[-1]["role"] == "assistant":  # the row itself, which is too long
         return [], 1
 
-    def encode(parts: list[list[dict]]) -> Encoded:
+    def encode(parts: list[list[dict]]) -> Encoded | None:
+        """A window, or None if it is too long or the template refuses it (as many do one that begins with a tool's)."""
         window = Row(row.line, system + [m for part in parts for m in part], None, row.tools, row.source, row.id)
-        return chat.encode_rows([window])[0]
+        try:
+            encoded = chat.encode_rows([window])[0]
+        except UserError:
+            return None
+        return encoded if len(encoded.input_ids) <= size else None
 
     windows: list[Encoded] = []
     current: list[list[dict]] = []
@@ -357,14 +362,14 @@ def _message_windows(row: Row, chat: Chat, size: int) -> tuple[list[Encoded], in
     lost = 0
     for exchange in exchanges:
         attempt = encode([*current, exchange])
-        if len(attempt.input_ids) > size and best is not None and best.trained.any():
+        if attempt is None and best is not None and best.trained.any():
             windows.append(best)
             current = []
             attempt = encode([exchange])
-        while len(attempt.input_ids) > size and current:  # only context so far: keep the latest of it
+        while attempt is None and current:  # only context so far: keep the latest of it
             current = current[1:]
             attempt = encode([*current, exchange])
-        if len(attempt.input_ids) > size:
+        if attempt is None:
             lost += any(m.get("train", True) for m in exchange if m["role"] == "assistant")
             current, best = [], None
         else:
