@@ -28,7 +28,7 @@ step "01 Tokenizer" data/tokenizer/sample.model \
 step "02 Base model" "$base" \
   python scripts/02_pretrain.py --config_path config/sample.json --tokenizer_path data/tokenizer/sample.model \
   --input data/sample/corpus.txt --output_dir "$base" --max_steps 4000 --batch_size 8 --sequence_length 128 \
-  --learning_rate 4e-3 --weight_decay 0.05 --logging_steps 500
+  --learning_rate 4e-3 --weight_decay 0.05 --logging_steps 500 --seed 3
 step "Prepare the rows" data/sft/sample.manifest.json \
   python scripts/prepare_sft_datasets.py --dataset sample
 step "03 Fine-tune" "" \
