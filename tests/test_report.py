@@ -106,7 +106,7 @@ def test_worst_answers_come_first() -> None:
 def test_base_and_tuned_stand_side_by_side() -> None:
     """Guards against an answer without what it is to be compared with, or numbers on the wrong side."""
     lines = [sample(prediction="new answer", baseline_prediction="old answer", baseline_nll=6.0, chrf=0.25,
-                    reference="wanted")]
+                    reference="wanted", exact_match=None)]
     text = safe(report_eval.eval_report(found(["d"]), lines)).text
     for part in ("expectedwanted", "base · 3.000 nats a tokenold answer",
                  "tuned · 0.500 nats a token · chrF 0.25new answer"):

@@ -10,7 +10,7 @@ from common.report_train import overfit_note, read_json, read_lines, training_cu
 
 BYTES = 1_200_000  # of answers in a page, so that a phone opens it; all of them are in samples.jsonl
 NAMES = {"exact_match": "exact match", "starts_right": "starts right", "rouge_l": "ROUGE-L", "chrf": "chrF",
-         "stopped": "stopped by itself", "end_probability": "P(end) where it ends", "loss": "loss, nats a token",
+         "stopped": "stopped by itself", "end_probability": "P(end of turn)", "loss": "loss, nats a token",
          "perplexity": "perplexity", "bits_per_byte": "bits per byte", "token_accuracy": "token accuracy",
          "mean_length": "length, tokens", "repetition": "repeated 4-grams"}
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "repetition")
@@ -165,7 +165,8 @@ def bars(datasets: dict[str, dict], metric: str) -> str:
         axes.set_xlim(left=0, right=1.02 if metric not in LOWER_IS_BETTER + NEITHER else None)
         if len(sides) > 1:
             legend_above(axes)
-    return svg(draw, NAMES[metric][0].upper() + NAMES[metric][1:], height=1.3 + 0.4 * len(rows))
+    title = NAMES[metric].capitalize() if NAMES[metric].islower() else NAMES[metric]
+    return svg(draw, title, height=1.3 + 0.4 * len(rows))
 
 
 def losses_of_rows(samples: list[dict]) -> str:
@@ -239,9 +240,10 @@ def _per_token(line: dict, key: str) -> float | None:
 def card(line: dict, name: str) -> str:
     """One row: what was asked, expected, said by the base and by the tuned model, with their numbers."""
     turns = line.get("messages") or []
+    alike = ("chrf", "rouge_l") if line.get("exact_match") is None else ()  # a short answer is right or wrong
     before = "".join(f"<small>{text(m.get('role'))}</small><pre>{text(m.get('content'))}</pre>" for m in turns[:-1])
     sides = [("expected", "reference", []), ("base", "baseline_prediction", _numbers(line, "baseline_nll", ())),
-             ("tuned", "prediction", _numbers(line, "nll", ("chrf", "rouge_l", "end_probability")))]
+             ("tuned", "prediction", _numbers(line, "nll", (*alike, "end_probability")))]
     cells = "".join(f"<div><small>{' · '.join([label, *said])}</small><pre>{text(line[key])}</pre></div>"
                     for label, key, said in sides if line.get(key) is not None)
     return (f'<div class="sample {name}"><small>{" · ".join(m for m in _marks(line) if m)}</small>'
@@ -252,7 +254,7 @@ def card(line: dict, name: str) -> str:
 def _numbers(line: dict, nll: str, further: tuple[str, ...]) -> list[str]:
     mean = _per_token(line, nll)
     return ([f"{mean:.3f} nats a token"] if mean is not None else []) + [
-        f"{label_of(name).split(' ')[0]} {line[name]:.2f}" for name in further if line.get(name) is not None]
+        f"{label_of(name)} {line[name]:.2f}" for name in further if line.get(name) is not None]
 
 
 def _marks(line: dict) -> list[str]:
