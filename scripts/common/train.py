@@ -105,6 +105,7 @@ def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torc
         examples = [material.examples(row) for row in rows[i * size:(i + 1) * size]]
         batch = make_batch(examples, material.pad_id, config.pad_to_multiple_of or 1, flat).to(accelerator.device)
         last = i == passes - 1
+        at(f"step {step + 1}, pass {i + 1}")  # from here on processes wait for each other
         # whole gradients of a model in shards would not fit: those of an adapter wait, others are summed in every pass
         wait = not last and (config.use_lora or not is_sharded(accelerator))
         with accelerator.no_sync(model) if wait else nullcontext():
@@ -160,9 +161,9 @@ def evaluate_loss(accelerator: Accelerator, loss_model: LossModel, datasets: lis
     # the same number on every rank, an empty one where there is none left: a model in shards is gathered by all
     batches += [[]] * (-len(batches) % accelerator.num_processes)
     for chosen in batches[accelerator.process_index::accelerator.num_processes]:
-        at("the evaluation")
         examples = [[datasets[s].example(int(e)) for s, e in row] for row in chosen]
         batch = make_batch(examples, pad_id, flat=loss_model.flat)
+        at("the evaluation")
         with accelerator.autocast():
             losses, _ = loss_model.token_losses(batch.to(accelerator.device))
         source = np.array([s for row in chosen for s, _ in row], np.int64)[batch.owners]
