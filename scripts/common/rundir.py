@@ -43,7 +43,7 @@ DONE = ("finished", "early_stopped")
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 FINAL = (*WEIGHTS, "model.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json",
          "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
-         "merged", "eval", "samples.jsonl", "README.md", "report.html", STATUS)  # what the end of a run leaves
+         "merged", "eval", "samples.jsonl", "README.md", "Modelfile", "report.html", STATUS)  # the end of a run
 
 
 # ---- one run at a time
