@@ -24,6 +24,7 @@ from common.config import parse
 from common.faults import RankLost, Stopped, UserError, run_main
 from common.settings import SftConfig
 from common.signals import StopFlag, launched
+from common.trackers import check_installed
 
 if TYPE_CHECKING:
     from common.chat import Chat
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     config = parse(SftConfig, argv, __doc__)
     check_files(config)
+    check_installed(config.report_to)
     stop = StopFlag(config.max_minutes)
     if config.verify_resume:
         from common.verify import verify_resume

@@ -10,7 +10,7 @@ from accelerate import tracking
 from common import trackers
 from common.faults import UserError
 from common.settings import SftConfig
-from common.trackers import started_trackers
+from common.trackers import check_installed, started_trackers
 
 said: list[str] = []
 LINE = {"step": 2, "loss": 1.5, "stage": "train"}
@@ -49,7 +49,6 @@ def a_run(place: Path, *names: str, step: int = 0) -> SimpleNamespace:
 def kept(monkeypatch: pytest.MonkeyPatch) -> list:
     """Stand-ins for trackio and wandb."""
     Kept.told, said[:] = [], []
-    monkeypatch.setattr(trackers, "find_spec", lambda name: object())
     for name in ("trackio", "wandb"):
         monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, name, Kept)
     return Kept.told
@@ -83,12 +82,21 @@ def test_a_server_that_is_gone_costs_no_run(kept: list, tmp_path: Path) -> None:
     assert kept[-1][0] == "settings"
 
 
-def test_a_tracker_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    """Guards against a traceback, or a run without the tracker that was asked for."""
+def test_a_tracker_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a traceback, hours of data preparation before it, or a run without it."""
+    monkeypatch.setattr(trackers, "find_spec", {"tensorboard": object()}.get)
     with pytest.raises(UserError, match=r"--report_to comet_ml: the package is not installed. Install it"):
-        with started_trackers(a_run(tmp_path, "tensorboard", "comet_ml")):
-            pass
-    assert not (tmp_path / "first").exists()
+        check_installed(["tensorboard", "comet_ml"])
+    check_installed(["none"])
+
+
+def test_a_tracker_that_does_not_start_is_one_sentence(kept: list, tmp_path: Path, monkeypatch) -> None:
+    """Guards against a traceback where somebody has to log in; what was started before it is closed."""
+    monkeypatch.setattr(Kept, "start", lambda self: 1 / 0 if len(kept) > 2 else None)
+    with pytest.raises(UserError, match="--report_to wandb: it cannot be started .ZeroDivisionError"):
+        with started_trackers(a_run(tmp_path, "trackio", "wandb")):
+            raise AssertionError
+    assert kept[-1] == ("finished",)
 
 
 def test_a_resumed_curve_is_not_drawn_twice(tmp_path: Path) -> None:

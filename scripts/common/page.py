@@ -58,7 +58,7 @@ svg text { font-family: system-ui, sans-serif !important; }
 mark { background: var(--mark); color: inherit; border-radius: .15rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 pre.settings { overflow-x: auto; font-size: .8rem; background: var(--soft); padding: .75rem; border-radius: .35rem; }
-.choice { position: absolute; opacity: 0; }
+.choice { position: absolute; opacity: 0; width: 0; margin: 0; pointer-events: none; }
 .choice + label { display: inline-block; border: 1px solid var(--line); border-radius: 1rem; padding: .15rem .75rem;
   margin: 0 .35rem .35rem 0; cursor: pointer; }
 .choice:checked + label { background: var(--blue); border-color: var(--blue); color: var(--ground); }

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from common.config import to_dict
 from common.faults import UserError
-from common.ranks import on_main
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -19,18 +18,24 @@ if TYPE_CHECKING:
 PROJECT = "sft"
 
 
+def check_installed(names: list[str]) -> None:
+    """Raises UserError for a tracker whose package is not there; imports none."""
+    for name in names:
+        if name != "none" and find_spec(name) is None:
+            raise UserError(f"--report_to {name}: the package is not installed. Install it (pip install {name}), or "
+                            "leave it out; metrics.jsonl is always written.")
+
+
 @contextmanager
 def started_trackers(run: Run) -> Iterator[Callable[[dict | None], None]]:
     """Start the trackers on the main process, before the first step; give a function that passes a metrics line on, and
     close them at the end, however it comes.
 
-    Raises UserError for one that is not installed or does not start. One that fails later is left, with a line.
+    Raises UserError for one that does not start. One that fails later is left, with a line.
     """
+    from common.ranks import on_main
+
     names, started = [name for name in run.config.report_to if name != "none"], {}
-    for name in names:
-        if find_spec(name) is None:
-            raise UserError(f"--report_to {name}: the package is not installed. Install it (pip install {name}), or "
-                            "leave it out; metrics.jsonl is always written.")
 
     def fails(name: str, fault: Exception) -> None:
         run.say(f"note: {name} failed ({type(fault).__name__}: {fault}) and is told nothing more; metrics.jsonl has it")
