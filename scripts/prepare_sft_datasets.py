@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import re
 import shlex
 import sys
@@ -29,8 +28,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import BinaryIO
 
-from common.collect import Collected, collect_logs, secrets_text
+from common.collect import Aside, Collected, collect_logs, secrets_text
 from common.config import nearest, parse, setting
 from common.faults import UserError, run_main
 from common.logs import LOG_FORMS, Filters, LogReader, default_folder, log_files
@@ -150,37 +150,41 @@ def prepare(spec: Spec, config: Config, command: str) -> dict:
     """Read, filter, choose and write one data set; return its manifest. Raises UserError; then nothing is written."""
     if spec.lang not in ("any", config.lang):
         raise UserError(f"{spec.name}: its rows are in {spec.lang}, --lang asks for {config.lang}. Leave it out.")
-    found = from_logs(spec, config) if spec.form in LOG_FORMS else from_files(spec, config)
-    lines = choose(found.lines, config.max_samples, config.seed)
-    units = dict(zip(found.lines, found.units))
-    kept = sum(map(units.get, lines))
-    if len(lines) < len(found.lines):
-        found.dropped["not chosen by --max_samples"] += sum(found.units) - kept
-    if not lines:
-        way = "Check --raw_dir and the filters." if spec.form in LOG_FORMS else "Check --lang and the filters."
-        raise UserError(f"{spec.name}: no row is left of {found.rows_in:,} {unit(spec)} ({reasons(found.dropped)}). "
-                        + way)
-    content = b"".join(lines)
-    dropped = {reason: n for reason, n in sorted(found.dropped.items()) if n}
-    numbers = {"rows_in": found.rows_in, "rows_kept": kept, "rows_dropped": dropped,
-               "rows_changed": dict(sorted(found.changed.items())), "rows_bad": found.n_bad}
-    assert numbers["rows_in"] == kept + sum(dropped.values()), numbers
-    if spec.form in LOG_FORMS:
-        numbers["rows_out"] = len(lines)
-    manifest = describe(spec, config, numbers | found.more, found.hashes, hashlib.sha256(content).hexdigest()) | {
-        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": command}
-    publish(Path(config.output_dir), manifest, content, to_csv(lines) if config.csv else None)
+    with Aside(Path(config.output_dir)) as aside:
+        found = Collected(aside, spec.output_name(config.lang))
+        (from_logs if spec.form in LOG_FORMS else from_files)(found, spec, config)
+        if config.max_samples is not None:
+            found.choose(config.max_samples, config.seed)
+        dropped = {reason: n for reason, n in sorted(found.dropped.items()) if n}
+        if found.file is None:
+            way = "Check --raw_dir and the filters." if spec.form in LOG_FORMS else "Check --lang and the filters."
+            raise UserError(f"{spec.name}: no row is left of {found.rows_in:,} {unit(spec)} ({reasons(dropped)}). "
+                            + way)
+        numbers = {"rows_in": found.rows_in, "rows_kept": sum(found.units), "rows_dropped": dropped,
+                   "rows_changed": dict(sorted(found.changed.items())), "rows_bad": found.n_bad}
+        assert numbers["rows_in"] == numbers["rows_kept"] + sum(dropped.values()), numbers
+        if spec.form in LOG_FORMS:
+            numbers["rows_out"] = len(found.units)
+        found.file.seek(0)
+        sha256_out = hashlib.file_digest(found.file, "sha256").hexdigest()
+        manifest = describe(spec, config, numbers | found.more, found.hashes, sha256_out) | {
+            "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": command}
+        stem = manifest["file"].removesuffix(".jsonl")
+        if config.csv:
+            to_csv(found.file, aside.open(f"{stem}.csv"))
+        aside.open(f"{stem}.manifest.json").write(
+            (json.dumps(manifest, ensure_ascii=False, indent=2) + "\n").encode())
+        aside.publish()
     return manifest
 
 
-def from_files(spec: Spec, config: Config) -> Collected:
-    """The rows of a published data set, filtered and without exact duplicates."""
+def from_files(found: Collected, spec: Spec, config: Config) -> None:
+    """Add the rows of a published data set that its filters leave."""
     if config.raw_dir is not None or spec.raw_dir:
         files, line = local_files(spec, Path(config.raw_dir) if config.raw_dir is not None else ROOT / spec.raw_dir)
     else:
         files, line = hub_files(spec, ROOT / "data" / "cache")
     print(line, flush=True)
-    found = Collected()
     for path in files:
         reader = open_reader(spec, path, config, found.changed)
         for row in reader:
@@ -194,11 +198,10 @@ def from_files(spec: Spec, config: Config) -> Collected:
         found.n_bad += reader.n_bad
         found.changed.update(reader.notes)
         found.hashes[path.name] = reader.sha256
-    return found
 
 
-def from_logs(spec: Spec, config: Config) -> Collected:
-    """The conversations of a person's own logs, filtered, redacted and cut into windows."""
+def from_logs(found: Collected, spec: Spec, config: Config) -> None:
+    """Add the conversations of a person's own logs, filtered, redacted and cut into windows."""
     folder = Path(config.raw_dir) if config.raw_dir is not None else default_folder(spec.form, spec.raw_dir)
     files = log_files(spec.name, folder, spec.raw_patterns)
     print(f"{spec.name}: took {len(files):,} file{'s' if len(files) > 1 else ''} of {folder}", flush=True)
@@ -208,11 +211,10 @@ def from_logs(spec: Spec, config: Config) -> Collected:
 
         chat = load_chat(config.tokenizer_path, config.prompt_template)
     reader = LogReader(spec.form, folder, files, config.skip_bad_rows, spec.role_map)
-    found = collect_logs(reader, spec.name, log_filters(spec, config), redact=config.redact, chat=chat,
-                         size=config.max_seq_length)
+    collect_logs(found, reader, spec.name, log_filters(spec, config), redact=config.redact, chat=chat,
+                 size=config.max_seq_length)
     if reader.n_bad:
         show_bad(spec, reader)
-    return found
 
 
 def log_filters(spec: Spec, config: Config) -> Filters:
@@ -297,55 +299,17 @@ def to_output(row: Row, spec: Spec) -> dict:
     return out
 
 
-def choose(lines: list[bytes], n: int | None, seed: int) -> list[bytes]:
-    """At most n of the lines, by a hash of seed and line, in their order: the same seed chooses the same rows again."""
-    if n is None or len(lines) <= n:
-        return lines
-    salt = f"{seed}:".encode()
-    keys = [hashlib.sha256(salt + line).digest() for line in lines]
-    limit = sorted(keys)[n - 1]
-    return [line for line, key in zip(lines, keys) if key <= limit]
-
-
-def to_csv(lines: list[bytes]) -> bytes:
-    """The rows as CSV with a header; lists become JSON texts."""
-    rows = [json.loads(line) for line in lines]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, names, lineterminator="\n")
+def to_csv(rows: BinaryIO, out: BinaryIO) -> None:
+    """Write the rows of a JSONL file as CSV with a header; lists become JSON texts."""
+    rows.seek(0)
+    names = list(dict.fromkeys(name for line in rows for name in json.loads(line)))
+    rows.seek(0)
+    text = io.TextIOWrapper(out, "utf-8", newline="")
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in row.items()}
-                     for row in rows)
-    return out.getvalue().encode()
-
-
-def publish(folder: Path, manifest: dict, content: bytes, table_rows: bytes | None) -> None:
-    """Write everything aside, then move it into place, the manifest last: whoever sees one sees complete rows."""
-    stem = manifest["file"].removesuffix(".jsonl")
-    parts = {f"{stem}.csv": table_rows, f"{stem}.jsonl": content,
-             f"{stem}.manifest.json": (json.dumps(manifest, ensure_ascii=False, indent=2) + "\n").encode()}
-    written = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in parts.items():
-            if data is not None:
-                aside = folder / f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"
-                written.append((aside, folder / name))
-                with aside.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-        (folder / f"{stem}.manifest.json").unlink(missing_ok=True)
-        for aside, final in written:
-            os.replace(aside, final)
-        directory = os.open(folder, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-    except (FileExistsError, NotADirectoryError, PermissionError) as fault:
-        raise UserError(f"--output_dir {folder}: {fault.strerror}. Name a directory that can be written.") from None
-    finally:
-        for aside, _ in written:
-            aside.unlink(missing_ok=True)
+    writer.writerows({k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
+                      for k, v in json.loads(line).items()} for line in rows)
+    text.detach()  # flushes; closing it would close the file
 
 
 def reasons(dropped: dict[str, int]) -> str:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import prepare_sft_datasets as prepare
 import pytest
 
 from common import sources
+from common.collect import Digests
 from common.faults import UserError, run_main
 from common.logs import LOG_FORMS
 from common.oasst import TreeReader
@@ -233,6 +235,30 @@ def test_max_samples_is_a_seeded_subset_in_order(raw, tmp_path):
     assert manifest["rows_dropped"] == {"not chosen by --max_samples": 180}
 
 
+def test_memory_does_not_grow_with_the_texts(raw, tmp_path):
+    """Guards against rows kept in memory: those of a file of 5 GB would take more than 10 GB."""
+    def peak(length):
+        text = "x" * length
+        rows = [{"instruction": f"q{i} {text}", "response": "a"} for i in range(500)]
+        jsonl(raw / "databricks-dolly-15k.jsonl", rows)
+        tracemalloc.start()
+        assert run("--dataset", "dolly15k", "--raw_dir", raw, "--output_dir", tmp_path, "--csv", "--max_samples", 400
+                   ) == 0
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(10)  # imports
+    assert peak(20_000) - peak(10) < 2 << 20  # the texts: 10 MB; a block that is read: 1 MB
+
+
+def test_digests_are_a_set():
+    """Guards against a hash taken for another: all of 100,000 are new once, and none a second time."""
+    seen = Digests()
+    assert all(seen.add(b"%d" % i) for i in range(100_000))
+    assert not any(seen.add(b"%d" % i) for i in range(100_000))
+
+
 def test_a_failed_data_set_leaves_nothing_and_the_good_ones_stay(raw, tmp_path, capsys):
     """Guards against half a file, and against one bad file costing the others."""
     out = tmp_path / "sft"
@@ -275,7 +301,7 @@ def test_killed_while_writing_leaves_no_output(raw, tmp_path):
         os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
         os._exit(run("--dataset", "dolly15k", "--raw_dir", raw, "--output_dir", out) + 100)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert [path.name[0] for path in out.iterdir()] == ["."]
+    assert {path.name[0] for path in out.iterdir()} == {"."}
     assert run("--dataset", "dolly15k", "--raw_dir", raw, "--output_dir", out) == 0
     assert sorted(path.name for path in out.iterdir()) == ["dolly15k.jsonl", "dolly15k.manifest.json"]
 
