@@ -122,7 +122,9 @@ def main(argv: list[str]) -> int:
         print(listing())
         return 0
     names = list(dict.fromkeys(n for name in config.dataset for n in (ALL if name == "all" else (name,))))
-    free_of_dead(Path(config.output_dir))
+    folder = Path(config.output_dir)
+    there = folder.exists()
+    free_of_dead(folder)
     command = shlex.join(["python", "scripts/prepare_sft_datasets.py", *argv])
     if config.num_proc > 1 and len(names) > 1:
         with ProcessPoolExecutor(min(config.num_proc, len(names)), get_context("spawn")) as pool:
@@ -133,6 +135,8 @@ def main(argv: list[str]) -> int:
     if good:
         print("\n" + table(good))
     failed = [r for r in results if isinstance(r, str)]
+    if not there and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
     for sentence in failed:
         print(f"error: {sentence}", file=sys.stderr)
     return 2 if failed else 0
