@@ -20,8 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import parse
+from common.config import is_hub_name, parse
 from common.faults import RankLost, Stopped, UserError, run_main
+from common.hub import check_push, resolve
 from common.settings import SftConfig
 from common.signals import StopFlag, launched
 from common.trackers import check_installed
@@ -59,6 +60,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     from common import leave, show
     from common.chat import load_chat
     from common.explain import explain_step
+    from common.hub import check_alone
     from common.model import check_vocabulary, model_config
     from common.run import gather_material, load_run
     from common.rundir import decide
@@ -66,16 +68,19 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     config = run.config
     if not config.explain_step:  # refuse before time is spent
         decide(config.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
-    source = config.init_from or config.model_path
-    chat = load_chat(config.tokenizer_path or source, config.prompt_template, revision=config.revision,
+    fetch_all(run, weights=False)
+    source = config.at(config.source)
+    chat = load_chat(config.at(config.tokenizer_path or config.source), config.prompt_template,
                      system_prompt=config.system_prompt, assistant_turns=config.assistant_turns,
                      train_on_prompt=config.train_on_prompt)
-    base = model_config(source, config.revision)
+    base = model_config(source)
     check_vocabulary(base, chat, source)
     check_length(config, base)
+    check_alone(config, grows=len(chat.tokenizer) > base.get_text_config().vocab_size)
 
     material = gather_material(run, chat, base)
     if config.explain_step:
+        fetch_all(run, weights=True)
         run.say(*explain_step(run, chat, material))
         return 0
     run.say(*chat.notes, *show.describe_data(material), show.describe_plan(material),
@@ -89,13 +94,29 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     if asked := stop.asked(run.accelerator):
         raise Stopped(f"{asked} before the first step; nothing was begun.")
 
+    fetch_all(run, weights=True)
     with opened_directory(run, chat, material) as opened:
-        if opened.kind == "finished":
-            return 0
-        load_run(run, chat, material, opened.checkpoint)
-        train(run, chat, material, stop)
-        leave.leave_model(run, chat, material)
+        if opened.kind != "finished":
+            load_run(run, chat, material, opened.checkpoint)
+            train(run, chat, material, stop)
+            leave.leave_model(run, chat, material)
+    if config.push_to_hub and run.main:
+        leave.push_model(run, again=resume_command(run))
     return 0
+
+
+def fetch_all(run: Run, weights: bool) -> None:
+    """Bring what the settings name from the Hub to this machine: one process downloads, the others find it there."""
+    from common.hub import fetch
+    from common.ranks import on_main
+
+    config = run.config
+    if not getattr(config, "commits", {}):
+        return
+    commits, lines = on_main(run.watch, lambda: (config.commits, fetch(config, config.commits, weights)))
+    if not run.main:
+        fetch(config, commits, weights)
+    run.say(*lines)
 
 
 @contextmanager
@@ -200,13 +221,18 @@ def resume_command(run: Run) -> str:
 
 
 def check_files(config: SftConfig) -> None:
-    """Every file that is named exists; all that are missing are named at once."""
+    """Every file that is named exists, here or on the Hub; all that are missing here are named at once."""
     named = [*config.all_dataset_paths(), *config.val_dataset_paths]
-    missing = [path for path in named if not Path(path).is_file()]
+    missing = [path for path in named if not Path(path).is_file() and not is_hub_name(path)]
     if missing:
         there = "does not exist" if len(missing) == 1 else "do not exist"
         raise UserError(f"{', '.join(missing)}: {there}. Make data sets with scripts/prepare_sft_datasets.py, or check "
                         "the path.")
+    config.commits = {}
+    if any(is_hub_name(name) for name in (*named, config.source, config.tokenizer_path or "")):
+        config.commits = resolve(config)
+    if config.push_to_hub and not config.dry_run and not config.verify_resume:
+        config.push_to_hub = check_push(config.push_to_hub, config.output_dir)
 
 
 def check_length(config: SftConfig, base: object) -> None:

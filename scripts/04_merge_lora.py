@@ -10,6 +10,7 @@ An interrupted merge leaves nothing: run it again.
 """
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from common.config import parse, setting
 from common.faults import UserError, run_main
+from common.hub import check_push, hub_card, push
 
 
 @dataclass
@@ -28,6 +30,9 @@ class MergeConfig:
     output_dir: str | None = setting(None, "Where the merged model goes. Without it: MODEL_PATH/merged.", path=True)
     merge_dtype: str | None = setting(None, "Precision of the merged weights. Without it: the base's.",
                                       choices=("float32", "bfloat16", "float16"))
+    push_to_hub: str | None = setting(
+        None, "Push the merged model to this repository of the Hub; a new one is private. Without a value: one of "
+        "yours, called like the run.", words=("auto",), bare="auto")
     overwrite_output_dir: bool = setting(False, "Replace a merged model that is there.")
 
     def problems(self) -> list[str]:
@@ -49,6 +54,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{output}: is there already. --overwrite_output_dir replaces it, --output_dir leaves it "
                         f"alone.")
 
+    repo = check_push(config.push_to_hub, str(run)) if config.push_to_hub else None
     from common.chat import load_saved_chat
     from common.model import load_model, merge_and_save, quiet_libraries, saved_dtype
 
@@ -60,6 +66,11 @@ def main(argv: list[str]) -> int:
     print(f"{output}: merged model ({found['dtype']}); largest logit difference to the adapter {found['fp32']:.1e} in "
           f"fp32, "
           f"{found['saved']:.1e} as saved")
+    if repo:
+        file, again = run / "README.md", shlex.join(["python", "scripts/04_merge_lora.py", *argv, *(
+            [] if config.overwrite_output_dir else ["--overwrite_output_dir"])])
+        card = hub_card(file.read_text(encoding="utf-8"), run.absolute().name, repo, True) if file.is_file() else ""
+        push(output, repo, card, again, print)
     return 0
 
 

@@ -27,8 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.config import level, parse, setting
+from common.config import is_hub_name, level, parse, setting
 from common.faults import CheckFailed, UserError, run_main
+from common.hub import local_rows
 from common.settings import TEMPLATES
 
 if TYPE_CHECKING:
@@ -118,11 +119,13 @@ def main(argv: list[str]) -> int:
     config = parse(EvalConfig, argv, __doc__, config_flag=None)
     for name in ("dataset_paths", "golden", "predict"):
         given = getattr(config, name) or []
-        missing = [path for path in ([given] if isinstance(given, str) else given) if not Path(path).is_file()]
+        missing = [path for path in ([given] if isinstance(given, str) else given)
+                   if not Path(path).is_file() and not (name == "dataset_paths" and is_hub_name(path))]
         if missing:
             raise UserError(f"{', '.join(missing)}: no such file. Check --{name}" + (
                 ", or make it with scripts/prepare_sft_datasets.py." if name == "dataset_paths" else "."))
 
+    config.dataset_paths = [local_rows(path, Path("data/cache")) for path in config.dataset_paths]
     from common.model import quiet_libraries, tune_allocator, use_cores
     from common.team import joined_team
 

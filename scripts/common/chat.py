@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.faults import UserError
+from common.hub import local_model
 from common.render import Template
 from common.spm import SentencePiece, prove_equal, to_fast
 from common.template_file import TemplateFile, facts, read_template_file, to_jinja
@@ -336,10 +337,11 @@ def _around(text: str, token: str) -> str:
     return text[max(0, at - 30):at + 30]
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> tuple[PreTrainedTokenizerFast, SentencePiece | None]:
+def load_tokenizer(path: str) -> tuple[PreTrainedTokenizerFast, SentencePiece | None]:
     """Load a bare SentencePiece `.model`, a directory, or a Hub id; raise UserError with the way out."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    path = local_model(path, weights=False)
     place = Path(path)
     if place.is_dir() and not (place / "tokenizer.json").exists() and not (place / "vocab.json").exists():
         models = sorted(place.glob("*.model"))
@@ -350,18 +352,17 @@ def load_tokenizer(path: str, revision: str | None = None) -> tuple[PreTrainedTo
     if place.suffix == ".model":
         native = SentencePiece(place)
         return to_fast(native), native
-    if not place.exists() and (place.suffix or path.startswith((".", "/")) or path.count("/") != 1):
+    if not place.exists():
         raise UserError(f"{path}: no such file or directory. --tokenizer_path takes a .model file, a directory, "
                         "or a Hub id.")
     # tokenizer.json is the truth; a class named beside it may rebuild its own normaliser and give other ids
     loader = PreTrainedTokenizerFast if (place / "tokenizer.json").exists() else AutoTokenizer
     try:
-        options = {} if place.exists() else {"revision": revision}
-        tokenizer = loader.from_pretrained(path, trust_remote_code=False, **options)
+        tokenizer = loader.from_pretrained(path, trust_remote_code=False)
     except Exception as fault:
         finding = f"{type(fault).__name__}: {str(fault).strip().partition(chr(10))[0]:.120}"
-        raise UserError(f"{path}: the tokenizer cannot be loaded ({finding}). Give a local directory with "
-                        "tokenizer.json, or check the Hub id and the network.") from None
+        raise UserError(f"{path}: the tokenizer cannot be loaded ({finding}). Give a directory with "
+                        "tokenizer.json.") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{path}: the tokenizer has no fast version, and exact masks need one. "
                         "Convert it to tokenizer.json.")
@@ -373,14 +374,14 @@ def load_tokenizer(path: str, revision: str | None = None) -> tuple[PreTrainedTo
     return tokenizer, None
 
 
-def load_chat(tokenizer_path: str, template: str = "chatml", *, revision: str | None = None,
-              system_prompt: str | None = None, assistant_turns: str = "all", train_on_prompt: bool = False) -> Chat:
+def load_chat(tokenizer_path: str, template: str = "chatml", *, system_prompt: str | None = None,
+              assistant_turns: str = "all", train_on_prompt: bool = False) -> Chat:
     """Load a tokenizer and give it a template: chatml, instruct, chat, raw, model (the tokenizer's own), FILE.jinja
     or FILE.yaml (template_file.py).
 
     `system_prompt` becomes part of the template: it is used where a conversation does not begin with a system turn.
     """
-    tokenizer, native = load_tokenizer(tokenizer_path, revision)
+    tokenizer, native = load_tokenizer(tokenizer_path)
     plain = tokenizer("a")["input_ids"]
     adds_bos = tokenizer.bos_token_id is not None and (native is not None or plain[:1] == [tokenizer.bos_token_id])
     added, notes = [], []

@@ -14,7 +14,8 @@ script to print) and `problems(self) -> list[str]` names contradictions. `config
 
 Paths in a file are relative to that file. Settings that also take names (`path="hub"`: a Hub id, a template) read a
 value as a path if it is absolute, starts with "." or "~", ends in a known file suffix, has more than one slash, or
-exists beside the file; anything else is a name. A `run.json` is a config file too: its "config" part is taken.
+exists beside the file; anything else is a name. owner/name with a revision or a part (`is_hub_name`) is a name of the
+Hub unless it exists. A `run.json` is a config file too: its "config" part is taken.
 """
 from __future__ import annotations
 
@@ -39,6 +40,7 @@ from common.structured import read_structured
 LEVELS = {"default": 0, "file": 1, "command line": 2}
 FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".csv", ".parquet", ".model", ".jinja", ".yaml", ".yml", ".txt")
 NAMES_OF_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^\s:@]+))?(:(?P<part>[^\s:]+))?")
 _NUMBER = re.compile(r"([+-]?)(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d+))?", re.ASCII)
 
 
@@ -214,11 +216,20 @@ def _check(value: Any, s: Setting, file: str = "", resolve: Callable[[str], str]
     return [resolve(entry) for entry in entries] if s.path else entries
 
 
+def is_hub_name(name: str, exists: Callable[[str], bool] = os.path.exists) -> bool:
+    """Whether a name means a repository of the Hub: owner/name, with @revision and :part where they are needed. What
+    exists, or looks like a path (two slashes, a file's suffix), is one."""
+    found = HUB_NAME.fullmatch(name)
+    named = found and (found["revision"] or found["part"] or not name.endswith(FILE_SUFFIXES))
+    return bool(named) and not name.startswith(".") and not exists(name)
+
+
 def local_path(value: str, folder: str, s: Setting) -> str:
     """`value` relative to `folder` if it is a local path (rule: see the top of this file), else the name unchanged."""
     value = os.path.expanduser(value)
     joined = os.path.normpath(os.path.join(folder, value))
-    if value in s.words:
+    if value in s.words or (s.path == "hub" and re.search("[:@]", value)
+                            and is_hub_name(value, lambda name: os.path.exists(joined))):
         return value
     is_path = (s.path is True or os.path.isabs(value) or value.startswith(".") or value.count("/") > 1
                or value.endswith(FILE_SUFFIXES) or os.path.exists(joined))

@@ -53,9 +53,9 @@ def model_before(run: Run, chat: Chat, step: int) -> tuple[LossModel, str]:
     for path in reversed(checkpoints(run.directory)):
         if step_of(path) < step and not verify(path):
             return LossModel(load_model(str(path), in_4bit=config.load_in_4bit), "sdpa"), path.name
-    source = config.init_from or config.model_path
-    model = load_model(source, revision=config.revision)
-    add_tokens(model.get_base_model() if find_model(source).adapter else model, chat, config.seed)
+    source = config.source
+    model = load_model(config.at(source))
+    add_tokens(model.get_base_model() if find_model(config.at(source)).adapter else model, chat, config.seed)
     return LossModel(model, "sdpa"), f"the base {Path(source)}"
 
 

@@ -14,6 +14,8 @@ from common.card import model_card, modelfile
 from common.chat import Chat
 from common.checkpoint import atomic_json, atomic_write, verify
 from common.data import held_out_rows
+from common.faults import UserError
+from common.hub import hub_card, push
 from common.material import Material
 from common.model import load_model, merge_and_save, sample_prompts, saved_dtype
 from common.rows import RowReader
@@ -115,6 +117,18 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
     atomic_write(run.directory / "README.md", model_card(run.directory, state, chat, merged))
     atomic_write(run.directory / "Modelfile", modelfile(chat, config.system_prompt))
     report(run, chat, material)
+
+
+def push_model(run: Run, again: str) -> None:
+    """Push what the finished run left: the merged model if there is one, else what lies at the top."""
+    merged = run.directory / "merged"
+    card = (run.directory / "README.md").read_text(encoding="utf-8")
+    if run.config.merge_adapters and not merged.is_dir():
+        raise UserError(f"--push_to_hub: {merged} does not exist, and a finished run merges nothing. Merge and push "
+                        f"with scripts/04_merge_lora.py --model_path {run.directory} --push_to_hub "
+                        f"{run.config.push_to_hub}.")
+    card = hub_card(card, run.directory.absolute().name, run.config.push_to_hub, merged.is_dir())
+    push(merged if merged.is_dir() else run.directory, run.config.push_to_hub, card, again, run.say)
 
 
 def report(run: Run, chat: Chat, material: Material) -> None:

@@ -42,8 +42,8 @@ def gather(config: SftConfig, chat: Chat, rows_per_step: int, weights: list[floa
     """Tokenise (or open from the cache), split, and plan. Raises UserError for bad rows and impossible settings."""
     options = {"max_seq_length": config.max_seq_length, "too_long": config.too_long, "cache_dir": config.cache_dir,
                "skip_bad_rows": config.skip_bad_rows, "role_map": config.roles() | chat.role_map, "progress": progress}
-    datasets = [load_dataset(path, chat, **options) for path in config.all_dataset_paths()]
-    brought = [load_dataset(path, chat, **options) for path in config.val_dataset_paths]
+    datasets = [load_dataset(config.at(path, "dataset"), chat, **options) for path in config.all_dataset_paths()]
+    brought = [load_dataset(config.at(path, "dataset"), chat, **options) for path in config.val_dataset_paths]
     val_groups = np.unique(np.concatenate([d.groups for d in brought])) if brought else None
     sides = split(datasets, config.val_split_ratio, config.test_split_ratio, config.val_from, val_groups)
     sources = [Source(d.name, d.lengths[side], d.trained_counts[side]) for d, side in zip(datasets, sides.train)]

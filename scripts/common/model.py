@@ -17,7 +17,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from common.chat import Chat, load_tokenizer
+from common.config import is_hub_name
 from common.faults import UserError
+from common.hub import local_model
 
 if TYPE_CHECKING:
     from common.settings import SftConfig
@@ -61,40 +63,43 @@ def quiet_libraries() -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model's weights are: a base (directory or Hub id) and, for LoRA, the adapter directory on top of it."""
+    """Where a model's weights are: the directory of a base and, for LoRA, that of the adapter on top of it."""
 
     base: str
     adapter: str | None = None
 
 
 def find_model(path: str) -> Place:
-    """Resolve --model_path; raise UserError if it is a local path without a model in it."""
+    """Resolve --model_path (a name of the Hub is fetched); raise UserError if there is no model."""
     place = Path(path)
     if place.is_dir():
         if (place / "adapter_config.json").exists():
-            named = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
+            adapter = json.loads((place / "adapter_config.json").read_text())
             for beside in (place / "base", place.parent / "base"):  # written here when the embeddings were resized
                 if (beside / "config.json").exists():
                     return Place(str(beside), str(place))
-            return Place(named, str(place))
+            named, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+            return Place(local_model(f"{named}@{revision}" if revision and is_hub_name(named) else named), str(place))
         if (place / "shards").is_dir():
             raise UserError(f"{path}: a checkpoint in shards, which only 03_sft.py reads (--resume_from_checkpoint). "
                             f"The finished model is in {place.parent}.")
         if not (place / "config.json").exists():
             raise UserError(f"{path}: no model in this directory (config.json is missing). Give the directory that "
                             "scripts/02_pretrain.py or save_pretrained wrote, or a Hub id.")
-    elif place.exists() or path.startswith((".", "/")) or path.count("/") != 1:
+    elif is_hub_name(path):
+        return find_model(local_model(path))
+    else:
         raise UserError(f"{path}: no such directory. --model_path takes a directory in Hugging Face form or a Hub id.")
     return Place(path)
 
 
-def model_config(path: str, revision: str | None = None) -> object:
+def model_config(path: str) -> object:
     """The model's configuration without its weights."""
-    return _from_pretrained(AutoConfig, find_model(path).base, revision)
+    return _from_pretrained(AutoConfig, find_model(path).base)
 
 
-def load_model(path: str, *, dtype: torch.dtype | str = torch.float32, revision: str | None = None,
-               trainable_adapter: bool = False, in_4bit: bool = False) -> nn.Module:
+def load_model(path: str, *, dtype: torch.dtype | str = torch.float32, trainable_adapter: bool = False,
+               in_4bit: bool = False) -> nn.Module:
     """Load a full or merged model, or a base with its adapter. Weights come from safetensors only; no remote code runs.
 
     A trained checkpoint may be bf16; `dtype` is what it is held in here (trained weights must be fp32). in_4bit: hold
@@ -102,7 +107,7 @@ def load_model(path: str, *, dtype: torch.dtype | str = torch.float32, revision:
     """
     place = find_model(path)
     options = {"quantization_config": _four_bits()} if in_4bit else {}
-    model = _from_pretrained(AutoModelForCausalLM, place.base, revision, dtype=dtype, use_safetensors=True, **options)
+    model = _from_pretrained(AutoModelForCausalLM, place.base, dtype=dtype, use_safetensors=True, **options)
     if in_4bit:
         for module in model.modules():
             # bitsandbytes 0.50 packs a layer for inference at the first forward in eval mode on CPUs with AVX512-BF16,
@@ -129,15 +134,13 @@ def _four_bits() -> object:
                               bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def _from_pretrained(cls: type, path: str, revision: str | None, **options: object) -> object:
-    if not Path(path).exists():
-        options["revision"] = revision
+def _from_pretrained(cls: type, path: str, **options: object) -> object:
     try:
         return cls.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as fault:  # the library raises OSError, ValueError, KeyError, safetensors and Hub errors alike
         reason = " ".join(str(fault).split())[:200]
         raise UserError(f"{path}: the model cannot be loaded ({type(fault).__name__}: {reason}). "
-                        "Check the path; a Hub id needs a network or a filled cache.") from fault
+                        "Check the path; weights have to be safetensors.") from fault
 
 
 def check_vocabulary(config: object, chat: Chat, model_path: str) -> None:

@@ -21,6 +21,7 @@ from common.config import differences, level, to_dict
 from common.data import Part, Parts
 from common.faults import UserError
 from common.flops import Meter, make_meter
+from common.hub import commit_used
 from common.loss import LossModel, choose_attention
 from common.material import Material, gather, recommended_weights
 from common.memory import shape_of
@@ -127,7 +128,7 @@ def fingerprints(material: Material, chat: Chat, config: SftConfig) -> dict[str,
     """What a resumed run must find unchanged, beside the settings."""
     found = {"plan": material.plan.fingerprint(), "tokenizer and template": chat.fingerprint()}
     found.update({f"data {d.name}": d.meta["key"]["file"] for d in [*material.datasets, *material.val_datasets]})
-    places = {"model": config.model_path, "init_from": config.init_from}
+    places = {"model": config.at(config.model_path), "init_from": config.at(config.init_from or "")}
     found.update({name: weights_fingerprint(path) for name, path in places.items() if path and Path(path).is_dir()})
     return found
 
@@ -153,7 +154,8 @@ def describe_run(run: Run, material: Material, chat: Chat) -> dict:
     from importlib.metadata import version
 
     packages = ("torch", "transformers", "tokenizers", "peft", "accelerate", "sentencepiece", "numpy")
-    return {"config": to_dict(run.config), "rows_per_step": material.plan.rows_per_step,
+    return {"config": to_dict(run.config), "hub": getattr(run.config, "commits", {}),
+            "rows_per_step": material.plan.rows_per_step,
             "processes": run.accelerator.num_processes, "mixed_precision": run.accelerator.mixed_precision,
             "fingerprints": fingerprints(material, chat, run.config),
             "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
@@ -175,15 +177,14 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
     """Load the base model, add tokens and LoRA, make the optimizer, choose and prove the attention path; go on from
     `checkpoint` if there is one."""
     config, accelerator = run.config, run.accelerator
-    source = config.init_from or config.model_path
-    run.export_dtype = saved_dtype(model_config(source, config.revision), None)
+    source = config.at(config.source)
+    run.export_dtype = saved_dtype(model_config(source), None)
     adapter = find_model(source).adapter is not None
     if adapter and config.use_lora:
         run.say(*continued_adapter(config, find_model(source).adapter))
     # tokens are added to whole weights; a base whose embeddings grow is loaded in 4 bits afterwards
-    grows = len(chat.tokenizer) > model_config(source, config.revision).get_text_config().vocab_size
-    model = load_model(source, revision=config.revision, trainable_adapter=config.use_lora,
-                       in_4bit=config.load_in_4bit and not grows)
+    grows = len(chat.tokenizer) > model_config(source).get_text_config().vocab_size
+    model = load_model(source, trainable_adapter=config.use_lora, in_4bit=config.load_in_4bit and not grows)
     if adapter and not config.use_lora:
         model = model.merge_and_unload().requires_grad_(True)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -205,7 +206,7 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
     if config.compile:
         run.say(compile_layers(causal_lm if model is causal_lm else model.get_base_model()))
     total, trained = count_parameters(model)
-    run.say(f"model {source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
+    run.say(f"model {config.source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
             f"({'LoRA' if config.use_lora else 'full'}), precision {accelerator.mixed_precision}, "
             f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}")
     on_main(run.watch, lambda: check_space(run.directory, bytes_to_come(run)))
@@ -216,7 +217,7 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
                    key=lambda e: len(e.input_ids))[:2]
     with accelerator.autocast():
         run.say(*choose_attention(run.loss_model, probe, chat.pad_id, config.attn_implementation, config.packing))
-        run.meter = make_meter(shape_of(model_config(source, config.revision), len(chat.tokenizer)), config.use_lora,
+        run.meter = make_meter(shape_of(model_config(source), len(chat.tokenizer)), config.use_lora,
                                accelerator.device, accelerator.num_processes)
     run.say(f"peak: {run.meter.peak / 1e9:,.0f} GFLOP/s in matrix products, measured; mfu is the share of it that goes "
             "into useful work")
@@ -267,8 +268,9 @@ def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], 
         model = load_model(str(base), in_4bit=run.config.load_in_4bit)
         set_special_ids(model, chat)
     model = add_lora(model, run.config, token_ids)
-    path = os.path.abspath(base) if grown else run.config.init_from or run.config.model_path
-    model.peft_config["default"].base_model_name_or_path = os.path.abspath(path) if os.path.isdir(path) else path
+    path, named = os.path.abspath(base) if grown else run.config.source, model.peft_config["default"]
+    named.base_model_name_or_path = os.path.abspath(path) if os.path.isdir(path) else path
+    named.revision = commit_used(run.config, path)
     return model
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config import level, nearest, place, setting
+from common.config import HUB_NAME, is_hub_name, level, nearest, place, setting
 
 TEMPLATES = ("chatml", "instruct", "chat", "raw", "model")
 LORA_RATE, FULL_RATE = 2e-4, 2e-5  # adapters start at zero and stand ten times the rate
@@ -59,7 +59,8 @@ class SftConfig:
                               required=True)
     tokenizer_path: str | None = setting(
         None, "SentencePiece .model, tokenizer directory or Hub id. Without it: the model's own.", path="hub")
-    revision: str | None = setting(None, "Branch, tag or commit of a model from the Hub.")
+    revision: str | None = setting(None, "Branch, tag or commit of a model from the Hub. The commit it means is kept: "
+                                   "a resumed run goes on with it.")
     init_from: str | None = setting(
         None, "Start from another run's adapter or weights, with a fresh optimizer and schedule. It brings its base: "
         "model_path is not needed then.", path="hub")
@@ -71,7 +72,8 @@ class SftConfig:
     compile: bool = setting(False, "Compile the layers with torch.compile; needs a C++ compiler.")
 
     dataset_paths: list[str] = setting(
-        [], "Files of rows: .jsonl or .json (also .gz), .csv, .parquet.", path="hub", group="Data")
+        [], "Files of rows: .jsonl or .json (also .gz), .csv, .parquet. Or data sets of the Hub: owner/name, "
+        "owner/name@revision, with :split or :file behind it if there are several.", path="hub", group="Data")
     dataset_weights: list[float] | str | None = setting(
         None, "Share of each data set in the examples drawn, relative. recommended: the data set files' weights for a "
         "model of this size. Without it: every row once an epoch.", words=("recommended",), within="[0, inf)")
@@ -169,6 +171,10 @@ class SftConfig:
 
     output_dir: str = setting("checkpoints/sft/run", "Where the run is kept; one run a directory.", path=True,
                               resume="free", group="Run")
+    push_to_hub: str | None = setting(
+        None, "Push the finished model (the merged one with merge_adapters) to this repository; a new one is private. "
+        "Without a value: one of yours, called like output_dir. A finished run is pushed by the same command.",
+        words=("auto",), bare="auto", resume="free")
     overwrite_output_dir: bool = setting(False, "Move a run that is there aside and start anew.", action=True)
     resume_from_checkpoint: str | None = setting(
         None, "Without a value: go on from the newest complete checkpoint, or start if there is none. With one: from "
@@ -203,6 +209,11 @@ class SftConfig:
     def __post_init__(self) -> None:
         if self.learning_rate is None:
             self.learning_rate = LORA_RATE if self.use_lora else FULL_RATE
+        name = "init_from" if self.init_from else "model_path"
+        if is_hub_name(getattr(self, name)) and not self.revision:
+            found = HUB_NAME.fullmatch(getattr(self, name))
+            setattr(self, name, found["repo"])
+            self.revision = found["revision"]
         self.model_path = self.model_path or self.init_from or ""
 
     def settle(self) -> list[str]:
@@ -236,6 +247,15 @@ class SftConfig:
         """Whether the run has validation rows."""
         return self.val_split_ratio > 0 or bool(self.val_dataset_paths)
 
+    def at(self, name: str, kind: str = "model") -> str:
+        """Where a model, tokenizer or data set is: a path itself, or where a name of the Hub was fetched to."""
+        return getattr(self, "places", {}).get((kind, name), name)
+
+    @property
+    def source(self) -> str:
+        """The model that training starts from, as it is named."""
+        return self.init_from or self.model_path
+
     def all_dataset_paths(self) -> list[str]:
         """Training files in order of first use, those of stages included, each once."""
         staged = [data.path for stage in self.stages or [] for data in stage.datasets]
@@ -247,12 +267,15 @@ class SftConfig:
 
     def problems(self) -> list[str]:
         """Contradictions between settings, a sentence each."""
-        return [*_data_problems(self), *_stage_problems(self), *_validation_problems(self), *_lora_problems(self),
-                *_training_problems(self), *_without_effect(self)]
+        return [*_model_problems(self), *_data_problems(self), *_stage_problems(self), *_validation_problems(self),
+                *_lora_problems(self), *_training_problems(self), *_without_effect(self)]
 
 
 def dataset_name(path: str) -> str:
-    """The name of a data set: its file name without extension; 'data/sft/alpaca.jsonl.gz' -> 'alpaca'."""
+    """The name of a data set: its file name without extension; 'data/sft/alpaca.jsonl.gz' -> 'alpaca',
+    'owner/name@v1:data/test.jsonl' -> 'name-test'."""
+    if re.search("[:@]", path) and (found := HUB_NAME.fullmatch(path)):
+        return "-".join([os.path.basename(found["repo"]), *([dataset_name(found["part"])] if found["part"] else [])])
     return re.sub(r"\.(jsonl|json|csv|parquet)(\.gz)?$", "", os.path.basename(path.rstrip("/")))
 
 
@@ -349,6 +372,17 @@ def _lora_problems(c: SftConfig) -> list[str]:
             for name in ("merge_adapters", "load_in_4bit") if getattr(c, name)]
 
 
+def _model_problems(c: SftConfig) -> list[str]:
+    """Where the model comes from."""
+    source = c.init_from or c.model_path
+    found = HUB_NAME.fullmatch(source) if is_hub_name(source) else None
+    if found and (found["part"] or found["revision"]):
+        return [f"{place(c, 'init_from' if c.init_from else 'model_path')}: {source} names "
+                + ("a part of it; a model is taken whole. Write owner/name." if found["part"] else
+                   f"a revision, and {place(c, 'revision')} another. Keep one of them.")]
+    return []
+
+
 def _training_problems(c: SftConfig) -> list[str]:
     """Length, schedule and what is trained."""
     found = []
@@ -379,6 +413,7 @@ def _without_effect(c: SftConfig) -> list[str]:
     falling = c.lr_scheduler_type in ("cosine", "linear")
     groups = (
         (adapters, c.use_lora, "there are no adapters to set. Leave out --no_lora or this"),
+        (("revision",), is_hub_name(c.init_from or c.model_path), "the model is a directory here"),
         (("merge_dtype",), c.use_lora and c.merge_adapters, "nothing is merged. Add --merge_adapters"),
         (("adam_beta1", "adam_beta2", "adam_epsilon"), c.optim == "adamw", f"optim is {c.optim}. Use --optim adamw"),
         (("min_lr_ratio",), falling, f"{c.lr_scheduler_type} does not fall. Use cosine or linear"),

@@ -266,9 +266,9 @@ def whole_model(run: Run) -> LossModel:
     else:
         from peft import get_peft_model
 
-        config, source = model.peft_config["default"], find_model(run.config.init_from or run.config.model_path)
+        config, source = model.peft_config["default"], find_model(run.config.at(run.config.source))
         path = config.base_model_name_or_path
-        bare = load_model(source.base if source.adapter else path, revision=run.config.revision)
+        bare = load_model(source.base if source.adapter else run.config.at(path))
         whole = get_peft_model(bare, deepcopy(config))
         whole.peft_config["default"].base_model_name_or_path = path
     bare.generation_config = causal_lm.generation_config

@@ -13,13 +13,11 @@ import dataclasses
 import difflib
 import os
 import re
-import threading
-import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.faults import UserError
+from common.hub import Ref, refusal, unreachable
 from common.logs import LOG_FORMS, Filters
 from common.records import kind_of
 from common.rows import FORMS
@@ -200,10 +198,9 @@ def hub_files(spec: Spec, cache: Path) -> tuple[list[Path], str]:
             found = [Path(hf_hub_download(spec.source, n, repo_type="dataset", revision=revision)) for n in names]
         else:
             found = [_by_datasets(spec, cache)]
-    except (OSError, ValueError, RuntimeError) as fault:  # the libraries' errors for network, names and revisions
-        text = " ".join(str(fault).split())[:200]
-        raise UserError(f"{spec.name}: {where} cannot be fetched ({type(fault).__name__}: {text}). "
-                        f"{how_to_get(spec)}") from None
+    except Exception as fault:  # the libraries' errors for network, names and revisions
+        reason = refusal(fault, Ref("dataset", spec.source, spec.revision or "main"))
+        raise UserError(f"{spec.name}: {reason} Or: {how_to_get(spec)}") from None
     return found, f"{spec.name}: fetched {where} from the Hub"
 
 
@@ -215,35 +212,6 @@ def _by_datasets(spec: Spec, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(str(path))
     return path
-
-
-_reachable: dict[str, str] = {}
-
-
-def unreachable(seconds: float = 3.0) -> str:
-    """Why the Hub cannot be reached, or "" if it can. Asked once; the libraries would retry for half a minute."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    endpoint = constants.ENDPOINT
-    if endpoint not in _reachable:
-        answer = [f"no answer from {endpoint} within {seconds + 1:g} s"]
-
-        def ask() -> None:
-            try:
-                urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
-                answer[0] = ""
-            except urllib.error.HTTPError:
-                answer[0] = ""  # it answers
-            except (OSError, ValueError) as fault:
-                answer[0] = f"{endpoint} cannot be reached: {getattr(fault, 'reason', fault)}"
-
-        thread = threading.Thread(target=ask, daemon=True)  # a name lookup knows no time limit of its own
-        thread.start()
-        thread.join(seconds + 1)
-        _reachable[endpoint] = answer[0]
-    return _reachable[endpoint]
 
 
 def free_of_dead(folder: Path) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from common.chat import BUILT_IN, TEMPLATE_DIR, Chat, load_chat, load_tokenizer
 from common.faults import UserError
+from common.hub import at_commit
 from common.model import add_tokens, check_vocabulary, find_model, load_model, model_config, saved_dtype
 from common.rundir import DONE, RUN, STATUS, read_status
 from common.spm import prove_equal
@@ -25,6 +26,7 @@ class Subject:
     path: str
     run_dir: Path | None
     settings: dict
+    commits: dict[str, str] = field(default_factory=dict)  # of what the run took from the Hub
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def find_subject(path: str) -> Subject:
     place = Path(path)
     inside = place.name == "merged" or place.name.startswith("checkpoint-")
     run_dir = next((p for p in (place, *([place.parent] if inside else [])) if (p / RUN).is_file()), None)
-    settings = json.loads((run_dir / RUN).read_text(encoding="utf-8"))["config"] if run_dir else {}
-    return Subject(path, run_dir, settings)
+    said = json.loads((run_dir / RUN).read_text(encoding="utf-8")) if run_dir else {"config": {}}
+    return Subject(path, run_dir, said["config"], said.get("hub", {}))
 
 
 def newest_run(root: Path) -> Path:
@@ -185,6 +187,7 @@ def find_baseline(subject: Subject, asked: str | None, tokenizer_path: str | Non
     path = asked
     if asked == "auto":
         named = subject.settings.get("init_from") or subject.settings.get("model_path")
+        named = at_commit(named, subject.settings, subject.commits) if named else None
         path = named or (find_model(subject.path).base if adapter else None)
         if path is None:
             say("baseline: none, because the model names no base; --baseline_path takes one")

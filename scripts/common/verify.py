@@ -74,7 +74,8 @@ def run(start: Start, scratch: Path, config: SftConfig, name: str, number: int, 
     """Start the script on `name`; CheckFailed with the end of its output unless it ends as it should."""
     settings = {**to_dict(config), "output_dir": str(scratch / name), "max_steps": STEPS, "save_steps": SAVED,
                 "eval_steps": SAVED, "logging_steps": 1, "report_to": ["none"], "save_total_limit": 3,
-                "early_stopping_patience": None, "max_minutes": None, "merge_adapters": False, "do_gen_test": False}
+                "early_stopping_patience": None, "max_minutes": None, "merge_adapters": False, "do_gen_test": False,
+                "push_to_hub": None}
     place = scratch / f"{name}-{os.environ.get('RANK', '0')}.json"
     place.write_text(json.dumps(settings))
     log = scratch / f"{name}-{number}-{os.environ.get('RANK', '0')}.log"
