@@ -161,7 +161,8 @@ def prepare(spec: Spec, config: Config, command: str) -> dict:
             found.choose(config.max_samples, config.seed)
         dropped = {reason: n for reason, n in sorted(found.dropped.items()) if n}
         if found.file is None:
-            way = "Check --raw_dir and the filters." if spec.form in LOG_FORMS else "Check --lang and the filters."
+            way = ("Take another --prompt_template." if any(r.startswith("refused") for r in dropped) else
+                   "Check --raw_dir and the filters." if spec.form in LOG_FORMS else "Check --lang and the filters.")
             raise UserError(f"{spec.name}: no row is left of {found.rows_in:,} {unit(spec)} ({reasons(dropped)}). "
                             + way)
         numbers = {"rows_in": found.rows_in, "rows_kept": sum(found.units), "rows_dropped": dropped,

@@ -7,6 +7,16 @@ from common.chat import load_chat
 from common.rows import Row
 from common.windows import cut
 
+ALTERNATE = (  # as in the templates of Llama 2 and Mistral
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + "
+    "' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% else %}"
+    "{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}")
+USER_FIRST = (
+    "{{ bos_token }}{% set turns = messages[1:] if messages[0].role == 'system' else messages %}"
+    "{% if turns[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}")
+
 
 @pytest.fixture(scope="module")
 def chat(spm_unigram):
@@ -83,3 +93,30 @@ def test_a_turn_too_long_is_dropped_and_the_rest_kept(chat):
     outputs = [{"role": "system", "content": f"{i} " + "stone " * 15} for i in range(9)]
     ((window, _),) = cut([*outputs[:0], short[0], *outputs, short[1]], None, chat, 80).windows
     assert window[-2:] == [outputs[-1], short[1]] and short[0] not in window  # the output nearest to the answer stays
+
+
+@pytest.mark.parametrize("template, roles", [(ALTERNATE, ("user", "assistant")), (ALTERNATE, ("assistant", "user")),
+                                             (USER_FIRST, ("user", "assistant", "tool", "assistant"))])
+def test_a_template_that_refuses_turns(tmp_path, spm_unigram, template, roles):
+    """Guards against windows that begin with an answer or tool output where the template demands a user turn, and
+    against the whole data set lost for one; what no window can hold is counted."""
+    (tmp_path / "strict.jinja").write_text(template)
+    strict = load_chat(spm_unigram, str(tmp_path / "strict.jinja"))
+    refused = 0
+    for seed in range(12):
+        draw = random.Random(seed)
+        messages = [{"role": role, "content": f"{i} " + "word " * draw.choice([2, 5, 12])} |
+                    ({"train": True} if role == "assistant" else {}) for i, role in enumerate(roles * 6)]
+        if seed % 3 == 0:
+            messages.insert(draw.randrange(4, 8), {"role": "user", "content": "And?"})
+        result = cut(messages, None, strict, 120)
+        for window, _ in result.windows:
+            assert len(strict.encode_rows([Row(0, window)])[0].input_ids) <= 120 and window[0]["role"] == "user"
+        trained = [m["content"] for window, _ in result.windows for m in window if m.get("train")]
+        wanted = [m["content"] for m in messages if m.get("train")]
+        assert [w for w in wanted if w in trained] == trained and len(set(trained)) == len(trained)
+        assert len(wanted) - len(trained) == sum(result.dropped.values())
+        if template == ALTERNATE:
+            assert len(trained) >= len(wanted) - 1 and len(result.windows) > 1
+        refused += result.dropped["refused by the template or the tokenizer"]
+    assert bool(refused) == (roles != ("user", "assistant"))

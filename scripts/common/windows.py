@@ -3,16 +3,19 @@
     S u1 a1 u2 a2 t a3, five messages fit  ->  S u1 a1 u2 a2  ·  S a2' t a3     S leading system turn, t tool output
                                                                                 a2' is context here and not trained
 
-A window begins with the leading system turn. A later one then repeats what came just before, at most a quarter of the
-window, and where it would begin with tool output, the call that it answers.
+A window begins with the leading system turn. A later one then repeats what came just before: the call where it would
+begin with tool output, and exchanges from a user turn on, at most a quarter of the window. What the template refuses (a
+window that does not begin with a user turn, say) counts as what does not fit: an earlier user turn may help.
 """
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
+from common.faults import UserError
 from common.rows import Row
 
 if TYPE_CHECKING:
@@ -39,37 +42,33 @@ def cut(messages: list[dict], tools: list | None, chat: Chat | None, size: int |
     result = Cut()
     if not messages:
         return result
-    if chat is None or _length(messages, tools, chat) <= size:
+    if chat is None or (_length(messages, tools, chat) or size + 1) <= size:
         result.windows.append((messages, sum(map(_trained, messages))))
         return result
     lead = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     system, body = messages[:lead], messages[lead:]
-    exchanges = _exchanges(body)
+    ends = [i + 1 for i, m in enumerate(body) if m["role"] == "assistant"]  # of exchanges: what leads to an answer
 
-    def length(start: int, end: int) -> int:
+    @cache
+    def length(start: int, end: int) -> int | None:
         return _length(system + body[start:end], tools, chat)
 
-    alone = [length(*exchange) for exchange in exchanges]
-    # what every window has besides its turns: the leading system turn, BOS
-    common = alone[0] + alone[1] - length(0, exchanges[1][1]) if len(exchanges) > 1 else 0
-    i = 0
-    while i < len(exchanges):
-        first, end = exchanges[i]
-        start = _begin(body, first, end, size, length)
-        i += 1
+    i = first = 0
+    while i < len(ends):
+        start = _begin(body, first, ends[i], size, length)
         if start is None:
-            fits = lead and _length(body[max(first, end - 2):end], tools, chat) <= size
-            reason = "the leading system turn leaves no room" if fits else "a single turn too long"
-            result.dropped[reason] += _trained(body[end - 1])
-            continue
-        total, after = length(start, end), i
-        while after < len(exchanges) and total + alone[after] - common <= size:
-            total += alone[after] - common
-            after += 1
-        while after > i and length(start, exchanges[after - 1][1]) > size:  # the sum was an estimate
-            after -= 1
-        i = after
-        _close(result, system, body, start, max(start, first), exchanges[i - 1][1])
+            turn = max(first, ends[i] - 2), ends[i]
+            fits = lead and (_length(body[slice(*turn)], tools, chat) or size + 1) <= size
+            reason = ("refused by the template or the tokenizer" if length(*turn) is None else
+                      "the leading system turn leaves no room" if fits else "a single turn too long")
+            result.dropped[reason] += _trained(body[ends[i] - 1])
+        else:
+            step = 1
+            while step:  # as many exchanges as fit, found in ever larger and then ever smaller steps
+                more = length(start, ends[i + step]) if i + step < len(ends) else None
+                i, step = (i + step, 2 * step) if more is not None and more <= size else (i, step // 2)
+            _close(result, system, body, start, max(start, first), ends[i])
+        first, i = ends[i], i + 1
     return result
 
 
@@ -84,37 +83,33 @@ def _close(result: Cut, system: list[dict], body: list[dict], start: int, new: i
         result.windows.append((system + repeated + body[new:end], answers))
 
 
-def _begin(body: list[dict], first: int, end: int, size: int, length: Callable[[int, int], int]) -> int | None:
+def _begin(body: list[dict], first: int, end: int, size: int, length: Callable[[int, int], int | None]) -> int | None:
     """Where a window begins whose first new exchange is body[first:end]: with context before it where that fits, with
     less of the turns before the answer where they are too long; None if the answer and the turn before do not fit."""
-    total = length(first, end)
-    start = first
-    while total > size and start < end - 2:
-        start += 1
-        total = length(start, end)
-    if total > size:
-        return None
-    if start > first:
-        return start
-    alone = total
-    while start > 0:
-        more = length(start - 1, end)
-        needed = body[start]["role"] in ("tool", "system")  # output without the call that it answers
-        if more > size or (more - alone > size // CONTEXT and not needed):
+    def fits(start: int) -> bool:
+        return (length(start, end) or size + 1) <= size
+
+    # a turn has at least one token
+    users = [i for i in range(first - 1, max(end - size, 0) - 1, -1) if body[i]["role"] == "user"]
+    if not fits(first):
+        earlier = users if length(first, end) is None else []
+        return next((i for i in (*earlier, *range(first + 1, end - 1)) if fits(i)), None)
+    # output without the call that it answers says little
+    start = first - 1 if first and body[first]["role"] in ("tool", "system") and fits(first - 1) else first
+    for i in users:
+        if not fits(i) or length(i, end) - length(first, end) > size // CONTEXT:
             break
-        start -= 1
+        start = i
     return start
-
-
-def _exchanges(body: list[dict]) -> list[tuple[int, int]]:
-    """user assistant tool assistant -> (0, 2), (2, 4): each ends with an assistant message."""
-    ends = [i + 1 for i, m in enumerate(body) if m["role"] == "assistant"]
-    return list(zip([0, *ends], ends))
 
 
 def _trained(message: dict) -> bool:
     return message["role"] == "assistant" and message.get("train", True)
 
 
-def _length(messages: list[dict], tools: list | None, chat: Chat) -> int:
-    return len(chat.encode_rows([Row(0, messages, tools=tools)])[0].input_ids)
+def _length(messages: list[dict], tools: list | None, chat: Chat) -> int | None:
+    """Tokens of a window, or None if the template or the tokenizer refuses it."""
+    try:
+        return len(chat.encode_rows([Row(0, messages, tools=tools)])[0].input_ids)
+    except UserError:
+        return None
