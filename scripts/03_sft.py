@@ -172,17 +172,18 @@ def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
     from common.report_train import read_lines
     from common.run import held_out, log_progress, save_state
     from common.trackers import started_trackers
-    from common.train import count_step, evaluate_loss, judge, train_step
+    from common.train import Batches, count_step, evaluate_loss, judge, train_step
 
     config, state, plan = run.config, run.state, material.plan
     rows, overfit = held_out(run, material), None
+    batches = Batches(run.accelerator, run.loss_model.flat, material, config)
     with log_progress(run, plan.n_steps) as progress, started_trackers(run) as trackers:
         while state.step < plan.n_steps and not state.stopped_early:
             begins = state.step in plan.stage_bounds[1:]
             if begins and config.reset_optimizer_per_stage:
                 run.optimizer.state.clear()
             result = train_step(run.accelerator, run.wrapped, run.optimizer, material, config, state.step,
-                                run.watch.at)
+                                batches, run.watch.at)
             line = count_step(state, result, plan, last=state.step + 1 == plan.n_steps, every=config.logging_steps,
                               meter=run.meter)
             progress(state, result, line)

@@ -237,8 +237,8 @@ def what_is_left(run_dir: Path) -> dict[str, object]:
     return found
 
 
-def hold_at(step: int, action: Callable[[], None], place: str = "make_batch") -> Callable[[], None]:
-    """A patch: action() is called once in the middle of optimizer step `step` (from 1), when its batch is made."""
+def hold_at(step: int, action: Callable[[], None], place: str = "batch_inputs") -> Callable[[], None]:
+    """A patch: action() is called once in the middle of optimizer step `step` (from 1), before its first pass."""
     def patch() -> None:
         import common.train as train
 

@@ -594,11 +594,11 @@ def test_what_may_change(bench, reference, tmp_path):
 
 
 def seen_rows(out: Path) -> callable:
-    """A patch: every process notes the token ids of each example that it trains, by step."""
+    """A patch: every process notes the token ids of each example that it trains, by step and pass."""
     def patch() -> None:
         import common.train as train
 
-        real_step, real_batch, now = train.train_step, train.make_batch, [None]
+        real_step, real_inputs, now = train.train_step, train.batch_inputs, [None]
 
         def train_step(*args: object, **options: object) -> object:
             now[0] = args[5] + 1
@@ -606,13 +606,13 @@ def seen_rows(out: Path) -> callable:
             now[0] = None
             return result
 
-        def make_batch(rows: list, *args: object, **options: object) -> object:
+        def batch_inputs(batch: object) -> dict:
             if now[0]:
+                ids, bounds = batch.input_ids.flatten().tolist(), batch.bounds.tolist()
                 with open(f"{out}.seen.{os.environ.get('RANK', 0)}", "a") as log:
-                    for row in rows:
-                        log.write(json.dumps([now[0], [example.input_ids.tolist() for example in row]]) + "\n")
-            return real_batch(rows, *args, **options)
-        train.train_step, train.make_batch = train_step, make_batch
+                    log.write(json.dumps([now[0], [ids[a:b] for a, b in zip(bounds, bounds[1:])]]) + "\n")
+            return real_inputs(batch)
+        train.train_step, train.batch_inputs = train_step, batch_inputs
     return patch
 
 
@@ -700,7 +700,8 @@ def test_a_failed_rank_is_quoted(bench, tmp_path):
 
     child = bench.run(tmp_path / "run", *TWO, ranks=2, patch=patch)
     assert child.codes == [70, 1]
-    assert "rank 1 failed at step 3: MemoryError: no room for the batch" in read_status(tmp_path / "run")["reason"]
+    reason = read_status(tmp_path / "run")["reason"]
+    assert "rank 1 failed at step 3, pass 1: MemoryError: no room for the batch" in reason
 
 
 def test_a_finished_run_is_left_alone_and_rewound(bench, reference, tmp_path):

@@ -8,6 +8,7 @@ told the segments' bounds (our own, flash-attn) or finds them in the positions (
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +37,14 @@ class Batch:
     owners: np.ndarray  # int64 (N,): which example (in order of appearance) a target belongs to
 
     def to(self, device: torch.device) -> Batch:
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return Batch(**{**vars(self), **moved})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In page-locked memory, from which a copy to the GPU does not wait for what the GPU is doing."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()})
 
 
 def make_batch(rows: list[list[Encoded]], pad_id: int, pad_to_multiple_of: int = 1, flat: bool = False) -> Batch:

@@ -141,8 +141,8 @@ class Watch:
         end = time.monotonic() + GRACE_SECONDS
         while not (lost := gone(self.read(self.store), self.rank)) and time.monotonic() < end:
             time.sleep(0.1)
-        cause = re.sub(r"\[[^]]*\] *", "", f"{fault}".splitlines()[0]).rstrip(".")  # without the place in C++
-        return RankLost(sentence(lost or behind(self.table), cause[:200]))
+        cause = re.sub(r"\[[^]]*\] *", "", f"{fault}".splitlines()[0])  # without the place in C++, and guesses behind it
+        return RankLost(sentence(lost or behind(self.table), cause.partition(". ")[0].rstrip(".")[:200]))
 
     def look(self) -> None:
         """The thread: compare the notes again and again."""
@@ -179,15 +179,17 @@ class Watch:
 def start_processes(config: SftConfig) -> Accelerator:
     """Start the processes (or find them started); refuse a launch that left them apart, or an engine this cannot do."""
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     from common.sharded import check_engine, refuse_deepspeed
 
     refuse_deepspeed()
     # Watch ends a job that hangs and says where; the backend's own limit comes after it
     limit = timedelta(minutes=config.rank_timeout_minutes + 5)
+    # buffers (rotary tables) never change: sent anew, they would make processes wait for each other in every forward
+    once = DistributedDataParallelKwargs(broadcast_buffers=False)
     try:
-        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=limit), once])
     except RuntimeError as fault:
         if of_a_collective(fault):
             raise RankLost(sentence(["the processes did not find each other"], str(fault).splitlines()[0])) from None

@@ -10,6 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from common.checkpoint import TrainState, fail_point
 from common.data import Dataset
 from common.faults import NotFinite
 from common.flops import Meter
-from common.loss import LossModel, batch_inputs, make_batch
+from common.loss import Batch, LossModel, batch_inputs, make_batch
 from common.material import Material
 from common.order import pack
 from common.plan import Plan
@@ -82,29 +83,53 @@ def learning_rate(config: SftConfig, step: int, n_steps: int) -> float:
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling)
 
 
+class Batches:
+    """The batches of one process, step by step; a thread makes those of the next step while this one is computed."""
+
+    def __init__(self, accelerator: Accelerator, flat: bool, material: Material, config: SftConfig):
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.pinned, self.flat = accelerator.device.type == "cuda", flat
+        self.material, self.config = material, config
+        self.thread = ThreadPoolExecutor(1, "batches")
+        self.ahead: dict[int, Future[list[Batch]]] = {}
+
+    def of(self, step: int) -> list[Batch]:
+        """A batch for each pass of step `step`, still on the host: every process has as many, an empty one where it has
+        no rows, because the reductions of all of them must pair."""
+        ready = self.ahead.pop(step, None) or self.thread.submit(self._make, step)
+        if step + 1 < self.material.plan.n_steps:
+            self.ahead = {step + 1: self.thread.submit(self._make, step + 1)}
+        return ready.result()
+
+    def _make(self, step: int) -> list[Batch]:
+        plan, size = self.material.plan, self.config.per_device_train_batch_size
+        rows = plan.rank_rows(step, self.rank, self.world)
+        passes = max(1, math.ceil(math.ceil(plan.row_count(step) / self.world) / size))
+        parts = [[self.material.examples(row) for row in rows[i * size:(i + 1) * size]] for i in range(passes)]
+        made = [make_batch(part, self.material.pad_id, self.config.pad_to_multiple_of or 1, self.flat)
+                for part in parts]
+        return [batch.pinned() for batch in made] if self.pinned else made
+
+
 def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, material: Material,
-               config: SftConfig, step: int, at: Callable[[str], None] = lambda place: None) -> StepResult:
+               config: SftConfig, step: int, batches: Batches,
+               at: Callable[[str], None] = lambda place: None) -> StepResult:
     """Do optimizer step `step` of the plan; at(place) is told where this process is. Raises NotFinite before the
     weights are touched."""
     started = time.perf_counter()
     at(f"step {step + 1}")
     plan, world, rank = material.plan, accelerator.num_processes, accelerator.process_index
-    rows, total = plan.rank_rows(step, rank, world), plan.trained_tokens(step)
+    total = plan.trained_tokens(step)
     # Randomness is a function of the step: a resumed run draws the same dropout masks.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1, np.uint32)[0]))
     rate = learning_rate(config, step, plan.n_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    size = config.per_device_train_batch_size
-    # every rank does the same number of passes, with an empty batch where it has no rows: their reductions must pair
-    passes = max(1, math.ceil(math.ceil(plan.row_count(step) / world) / size))
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    flat = accelerator.unwrap_model(model).flat
     model.train()
-    for i in range(passes):
-        examples = [material.examples(row) for row in rows[i * size:(i + 1) * size]]
-        batch = make_batch(examples, material.pad_id, config.pad_to_multiple_of or 1, flat).to(accelerator.device)
-        last = i == passes - 1
+    passes = batches.of(step)
+    for i, batch in enumerate(passes):
+        batch, last = batch.to(accelerator.device), i == len(passes) - 1
         at(f"step {step + 1}, pass {i + 1}")  # from here on processes wait for each other
         # whole gradients of a model in shards would not fit: those of an adapter wait, others are summed in every pass
         wait = not last and (config.use_lora or not is_sharded(accelerator))

@@ -228,7 +228,7 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
     from common.model import compile_layers
     from common.plan import Source, Stage, make_plan
     from common.settings import SftConfig
-    from common.train import make_optimizer, train_step
+    from common.train import Batches, make_optimizer, train_step
 
     rows = [Encoded(ids, trained & (np.arange(len(ids)) > 0)) for ids, trained in make_rows(task)]
     packed = len(_packed(make_rows(task), task.max_length))
@@ -252,6 +252,7 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
         choose_attention(model, rows[:2], 0, "auto", True)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     wrapped.train()
+    batches = Batches(accelerator, model.flat, material, config)
 
     def step(gradients: Path | None = None) -> float:
         if gradients:  # looked at just before they are used up
@@ -260,7 +261,7 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
             from common import train
 
             train.fail_point = lambda *_: torch.save(_gradients(model.model), gradients)
-        result = train_step(accelerator, wrapped, optimizer, material, config, 0)
+        result = train_step(accelerator, wrapped, optimizer, material, config, 0, batches)
         if gradients:
             train.fail_point = lambda *_: None
         return result.loss
