@@ -141,8 +141,8 @@ class Watch:
         end = time.monotonic() + GRACE_SECONDS
         while not (lost := gone(self.read(self.store), self.rank)) and time.monotonic() < end:
             time.sleep(0.1)
-        cause = re.sub(r"\[[^]]*\] *", "", f"{fault}".splitlines()[0])  # without the place in C++, and guesses behind it
-        return RankLost(sentence(lost or behind(self.table), cause.partition(". ")[0].rstrip(".")[:200]))
+        cause = re.sub(r"\[[^]]*\] *", "", f"{fault}".splitlines()[0]).partition(". ")[0]  # no place in C++, no guesses
+        return RankLost(sentence(lost or behind(self.table), cause.rstrip(".")[:200]))
 
     def look(self) -> None:
         """The thread: compare the notes again and again."""
