@@ -1,4 +1,5 @@
 """Secrets go, whole, wherever they are; prose and code stay."""
+import base64
 import hashlib
 import random
 import string
@@ -47,7 +48,25 @@ HEADER, FOOTER = PRIVATE.splitlines()[0], PRIVATE.splitlines()[-1]
         ("Grafana token", "gl" + "sa_" + LETTERS[:32] + "_" + HEX[:8]),
         ("RubyGems key", "ruby" + "gems_" + HEX[:48]),
         ("PlanetScale token", "ps" + "cale_tkn_" + LETTERS[:43]),
+        ("Discord token", base64.b64encode(b"112233445566778899").decode() + ".GaBcDe." + LETTERS[:38]),
+        ("Discord token", base64.b64encode(b"1122334455667788990").decode().rstrip("=") + ".GaBcDe." + LETTERS[:27]),
+        ("Azure DevOps token", LETTERS[:76] + "AZ" + "DO" + LETTERS[80:84]),
+        ("Azure client secret", LETTERS[:3] + "8Q" + "~" + LETTERS[4:38]),
+        ("Google OAuth token", "GOC" + "SPX-" + LETTERS[:28]),
+        ("Slack token", "xo" + "xe.xo" + "xp-1-" + LETTERS[:140]),
+        ("Slack token", "xo" + "xc-123456789012-" + LETTERS[:24]),
+        ("Slack token", "xo" + "xd-" + LETTERS[:40] + "%2B" + LETTERS[40:80]),
+        ("npm token", "np" + "m_" + LETTERS[:36]),
+        ("PyPI token", "py" + "pi-AgEIcHlwaS5vcmc" + LETTERS[:150]),
+        ("SendGrid key", "S" + "G." + LETTERS[:22] + "." + LETTERS[22:65]),
+        ("age key", "AGE-SECRET-" + "KEY-1" + LETTERS.upper()[:58]),
+        ("Airtable token", "pa" + "t" + LETTERS[:14] + "." + HEX),
+        ("ElevenLabs key", "s" + "k_" + HEX[:48]),
+        ("Together key", "tg" + "p_v1_" + LETTERS[:43]),
         ("private key", PRIVATE),
+        ("private key", PRIVATE.replace("OPENSSH", "EC")),
+        ("private key", PRIVATE.replace("OPENSSH", "PGP").replace("KEY-----", "KEY BLOCK-----")),
+        ("private key", PRIVATE.replace("\n", "\\\\n")),
         ("private key", PRIVATE.replace("OPENSSH ", "")),
         ("private key", PRIVATE.replace("\n", "\\n")),
         ("private key", PRIVATE.replace("\n", "\r\n")),
@@ -104,6 +123,15 @@ def test_a_key_wrapped_over_two_lines(kind, secret):
         (f'client_secret: "{LETTERS[:30]}"', ["secret"]),
         ("tool --user me --password Tr0ub4dor&3 run", ["password"]),
         (f"tool --auth-token {LETTERS[:30]} run", ["secret"]),
+        (f"AccountName=me;AccountKey={LETTERS[:86]}==;EndpointSuffix=x", ["secret"]),
+        (f"SharedAccessKeyName=Root;SharedAccessKey=/{LETTERS[:21]}/{LETTERS[21:41]}=", ["secret"]),
+        (f"https://me.blob.core.windows.net/c?sv=2022&sig={LETTERS[:43]}%3D&se=2030", ["signature in a URL"]),
+        (f"aws_secret_access_key = /{LETTERS[:20]}+{LETTERS[20:38]}", ["secret"]),
+        (f"AZURE_DEVOPS_EXT_PAT={LETTERS.lower()[:52]}", ["secret"]),
+        (f"Private-Lines: 2\n{LETTERS[:64]}\n{LETTERS[64:100]}==\nPrivate-MAC: 00", ["private key"]),
+        (f"curl -sS -u admin:{LETTERS[:14]} https://h", ["password"]),
+        (f"machine h\n  login me\n  password {HEX[:40]}", ["password"]),
+        ('{"h": {"auth": "' + base64.b64encode(b"me:hunter2hunter").decode() + '"}}', ["basic authentication"]),
     ],
 )
 def test_what_is_assigned_to_a_name_of_a_secret(text, kinds):
@@ -143,6 +171,14 @@ def test_what_is_assigned_to_a_name_of_a_secret(text, kinds):
         "password: correct horse battery staple",
         "run it with --password PASSWORD and --token YOUR_TOKEN_HERE_123",
         "a key-value store, SK and key-1234",
+        "NonMaximumSuppressionModel.config.default_intersection_threshold_42",
+        "TOKEN_PATH=/Users/Someone/Projects2024/Tokens99/default.json and token: /home/Me1/Files22/Keys",
+        '"auth": "configuration"',
+        "xoxo-love-and-kisses and sk_learn_2024_model",
+        "curl -u $USER:$PASS https://h; curl -u user:password https://h",
+        "the login page password reset",
+        "https://h/page?sig=v1&signature=" + "a" * 44,
+        hashlib.sha1(b"").hexdigest() + " " + hashlib.md5(b"").hexdigest() + " file_pat = 'data_2024_*.json'",
     ],
 )
 def test_prose_and_code_stay(text):
@@ -161,6 +197,12 @@ def test_no_text_makes_redaction_slow():
         "password=" * 20_000,
         "://" * 60_000,
         "A1b2C3d4\n" * 20_000,
+        "Private-Lines: 1\n" + "A" * 200_000,
+        "Private-Lines: 1\n" * 10_000,
+        "curl " * 30_000,
+        "curl -u a:" * 20_000,
+        "MDAw" * 50_000,
+        '"auth": "' * 20_000,
         "sk-proj-" + "A1b2C3d4\n" * 20_000,
         "\n>" * 100_000,
     ):

@@ -9,6 +9,7 @@ before a value gives it away ("token = …"), the value must look random, so tha
 """
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections import Counter
@@ -27,14 +28,18 @@ SHAPES = [
     ("AWS Bedrock key", r"ABSK", r"[A-Za-z0-9+/=]", 100, 0),
     ("Google key", r"AIza", r"[\w-]", 35, 35),
     ("Google OAuth token", r"(?:ya29\.|GOCSPX-|1//0)", r"[\w-]", 20, 0),
-    ("Slack token", r"xox[abeoprs]-", r"[A-Za-z0-9-]", 10, 0),
+    ("Slack token", r"xox(?:e\.xox)?(?:[abcdeprs]-|o-(?=\d))", r"[A-Za-z0-9%-]", 10, 0),
     ("Slack token", r"xapp-\d-", r"[A-Za-z0-9-]", 10, 0),
     ("Slack webhook", r"hooks\.slack\.com/(?:services|workflows|triggers)/", r"[A-Za-z0-9/+]", 20, 0),
+    # the first part is a number of 17 to 19 digits in base 64
+    ("Discord token", r"(?:[MNO][DTjz][AEIMQUYcgk][w-z0-5]){5,6}[\w-]{0,3}\.[\w-]{6}\.", r"[\w-]", 27, 0),
     ("Discord webhook", r"discord(?:app)?\.com/api/webhooks/", r"[\w/-]", 40, 0),
     ("Hugging Face token", r"(?:hf_|api_org_)", r"[A-Za-z0-9]", 30, 34),
     ("Stripe key", r"[sr]k_(?:live|test|prod)_", r"[A-Za-z0-9]", 10, 0),
+    ("ElevenLabs key", r"sk_", r"[0-9a-f]", 48, 48),
     ("Stripe webhook secret", r"whsec_", r"[A-Za-z0-9+/=]", 24, 0),
     ("Groq key", r"gsk_", r"[A-Za-z0-9]", 40, 52),
+    ("Together key", r"tgp_v1_", r"[\w-]", 43, 43),
     ("xAI key", r"xai-", r"[A-Za-z0-9]", 40, 80),
     ("Perplexity key", r"pplx-", r"[A-Za-z0-9]", 40, 48),
     ("Replicate token", r"r8_", r"[A-Za-z0-9]", 37, 37),
@@ -45,6 +50,7 @@ SHAPES = [
     ("DigitalOcean token", r"do[opr]_v1_", r"[0-9a-f]", 64, 64),
     ("Databricks token", r"dapi", r"[0-9a-f]", 32, 32),
     ("Notion token", r"ntn_", r"[A-Za-z0-9]", 40, 46),
+    ("Airtable token", r"pat[A-Za-z0-9]{14}\.", r"[0-9a-f]", 64, 64),
     ("Linear key", r"lin_api_", r"[A-Za-z0-9]", 40, 40),
     ("Docker token", r"dckr_(?:pat|oat)_", r"[\w-]", 24, 0),
     ("Vault token", r"hv[sbr]\.", r"[\w-]", 24, 0),
@@ -85,18 +91,31 @@ _KEY_LIMIT = 64 << 10  # characters; no private key is longer
 _JWT = re.compile(_NOT_IN_WORD + r"eyJ[\w\r\n-]{10,4000}\.[\r\n]{0,2}eyJ[\w\r\n-]{10,8000}\.[\r\n]{0,2}[\w-]{10,}")
 _ASSIGN = r"""["'`]?\]?[ \t]{0,2}(?::=|=>|==?|:)[ \t]{0,2}\\?["'`]?"""
 _CONTEXT = [  # kind, pattern whose group is the secret, what it has to look like besides
+    ("Azure DevOps token", re.compile(_NOT_IN_WORD + r"([A-Za-z0-9]{76}AZDO[A-Za-z0-9]{4})(?![A-Za-z0-9])"),
+     lambda v: True),
+    ("Azure client secret", re.compile(_NOT_IN_WORD + r"([\w~.-]{3}\dQ~[\w~.-]{31,34})(?![\w~-])"),
+     lambda v: True),
+    ("private key", re.compile(r"Private-Lines: \d+(?:\\[rn]|\s)+((?:[A-Za-z0-9+/]{20,}+={0,2}(?:\r?\n|\\n)?+)++)"),
+     lambda v: True),  # PuTTY's form
+    ("signature in a URL", re.compile(r"[?&](?:sig|[Ss]ignature)=([\w%+/=-]{40,512})"), lambda v: _random(v)),
     ("bearer token", re.compile(r"(?i)\bbearer\s+([\w+/=.~-]{16,512})"), lambda v: _random(v)),
     ("basic authentication", re.compile(r"""(?i)\bauthorization["']?\s{0,2}[:=]\s{0,2}["']?basic\s+"""
                                         r"([A-Za-z0-9+/]{8,512}={0,2})"), lambda v: True),
+    ("basic authentication", re.compile(r"""\\?"auth\\?"\s{0,2}:\s{0,2}\\?"([A-Za-z0-9+/]{8,512}={0,2})\\?\""""),
+     lambda v: _is_pair(v)),  # Docker's config.json
     ("password in a URL", re.compile(r"""\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@"'`<>]{0,64}:([^\s/@"'`<>{}$\[\]]{3,128})@"""),
      lambda v: not _placeholder(v)),
     ("password", re.compile(r"(?i)(?:passw(?:or)?d|passphrase|pwd|DB_PASS)" + _ASSIGN +
                             r"""([^\s"'`,;()<>{}\[\]$\\]{8,128})"""), lambda v: _strong(v)),
     ("password", re.compile(r"""(?i)\s--?(?:password|passwd)[ =]["'`]?([^\s"'`,;()<>{}\[\]$\\]{8,128})"""),
      lambda v: _strong(v)),
+    ("password", re.compile(r"""\bcurl\b[^\n]{0,300}?\s(?:-u|--user)[ =]?["']?[^\s:"'$]{1,64}:"""
+                            r"""([^\s"'`$<>{}]{3,128})"""), lambda v: not _placeholder(v)),
+    ("password", re.compile(r"\blogin\s+\S{1,64}\s+password\s+([^\s\"'`,;]{8,128})"),
+     lambda v: _strong(v) or _random(v)),  # .netrc
     ("secret", re.compile(r"""(?i)\s--?(?:[a-z]{1,12}-)?(?:token|secret|api-?key)[ =]["'`]?([\w+/=.~-]{16,512})"""),
      lambda v: _random(v)),
-    ("secret", re.compile(r"(?i)(?:(?:api|access|account|private)[_-]?key|secret(?:[_-]?key)?|token|credential)s?"
+    ("secret", re.compile(r"(?i)(?:(?:api|access|account|private)[_-]?key|secret(?:[_-]?key)?|token|credential|_pat)s?"
                           r"(?![A-Za-z])" + _ASSIGN + r"([\w+/=.~-]{16,512})"), lambda v: _random(v)),
 ]
 _PLACEHOLDERS = re.compile(r"(?i)example|your|placeholder|change|dummy|sample|insert|redacted|secret|passw|token|x{4}|"
@@ -216,6 +235,14 @@ def _placeholder(value: str) -> bool:
     return _PLACEHOLDERS.search(value) is not None or len(set(value)) < 4
 
 
+def _is_pair(value: str) -> bool:
+    """Whether it is "name:password" in base 64."""
+    try:
+        return re.fullmatch(r"[!-~]+:[!-~]+", base64.b64decode(value, validate=True).decode()) is not None
+    except ValueError:
+        return False
+
+
 def _strong(value: str) -> bool:
     """Like a password somebody chose well: letters and digits, and upper and lower case or another sign."""
     letters, digits = sum(c.isalpha() for c in value), sum(c.isdigit() for c in value)
@@ -229,6 +256,8 @@ def _random(value: str) -> bool:
     digits = sum(c.isdigit() for c in value)
     if digits < 2 or not any(c.isalpha() for c in value) or _placeholder(value):
         return False
+    if len(value) >= 40 and re.fullmatch(r"[A-Za-z0-9+/]+={1,2}|[A-Za-z0-9+/]{40}", value):
+        value = value.lstrip("/")  # base 64, no path
     if re.search(r"^[./]|\.[a-z]{1,6}$|^[a-z_]+\.[a-z_]+|^[a-z]+([_-][a-z]+)*[_-]?\d+$", value):
         return False
     bits = -sum(n / len(value) * math.log2(n / len(value)) for n in Counter(value).values())
