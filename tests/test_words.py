@@ -1,0 +1,60 @@
+"""BPE word by word: the ids are SentencePiece's own for the whole text, whatever was met before."""
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import WORDS, sentences, train_spm
+from test_spm import HARD, hard_texts
+
+from common import words
+from common.spm import SentencePiece
+
+SPACES = [" ", "  ", "   ", "    ", "▁", "▁▁", "\n", "\n    ", "\t", "", "\0"]
+
+
+def code(count: int, seed: int) -> list[str]:
+    """Texts with runs of spaces, some of them at the beginning and the end."""
+    draw = random.Random(seed)
+    return ["".join(draw.choice([draw.choice(SPACES), draw.choice(WORDS), draw.choice(HARD)])
+                    for _ in range(draw.randint(0, 20))) for _ in range(count)]
+
+
+def same(model: SentencePiece, texts: list[str]) -> bool:
+    """In batches, so that later ones meet words of earlier ones; the last again, when all its words are known."""
+    batches = [texts[i:i + 100] for i in range(0, len(texts), 100)]
+    for batch in [*batches, batches[-1]]:
+        expected = model.native.encode(batch, num_threads=1, return_type="numpy")
+        found = model.encode_arrays(batch)
+        assert all(f.dtype == np.int32 for f in found)
+        assert [f.tolist() for f in found] == [e.tolist() for e in expected]
+    return True
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+@pytest.mark.parametrize("indented", [True, False])
+def test_ids_are_those_of_the_whole_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte_fallback: bool,
+                                         indented: bool) -> None:
+    """Pieces of several spaces cut in two, a lost space at the end, ids of another word once words were forgotten."""
+    lines = [f"{i % 5 * '  '}{line}".replace(" a ", "    a ") for i, line in enumerate(sentences(1500))]
+    monkeypatch.setattr("conftest.sentences", lambda count: lines if indented else sentences(count))
+    model = SentencePiece(train_spm(tmp_path / "m.model", "bpe", byte_fallback=byte_fallback,
+                                    allow_whitespace_only_pieces=True))
+    assert any("▁▁" in p.piece for p in model.proto.pieces) == indented
+    assert model._words
+    assert same(model, HARD + hard_texts(500, 1) + code(1500, 2))
+    monkeypatch.setattr(words, "REMEMBERED", 500)
+    assert same(model, HARD + hard_texts(500, 3))
+
+
+@pytest.mark.parametrize("options", [
+    {"model_type": "unigram"}, {"split_by_whitespace": False, "vocab_size": 800}, {"add_dummy_prefix": False},
+    {"remove_extra_whitespaces": True}, {"normalization_rule_name": "nmt_nfkc"}])
+def test_other_models_are_given_the_whole_text(tmp_path: Path, options: dict) -> None:
+    """A piece that reaches over a space, or a normaliser that looks at what is around it."""
+    model = SentencePiece(train_spm(tmp_path / "m.model", **{"model_type": "bpe", **options}))
+    assert model._words is None
+    if not model.normalises:  # its texts are composed first
+        assert same(model, HARD + code(300, 4))
