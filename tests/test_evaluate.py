@@ -19,6 +19,7 @@ from common.evaluate import (
     Measured,
     Options,
     better_of,
+    few,
     make_case,
     measure,
     response_bytes,
@@ -53,6 +54,24 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
 
     place = make_llama(tmp_path_factory.mktemp("llama"), V, context=64, kv_heads=1, seed=3)
     return AutoModelForCausalLM.from_pretrained(place).eval()
+
+
+def test_few_prompts_are_different_and_from_all_data_sets():
+    """Guards against one prompt answered twice, prompts of the first data set alone, and a choice that moves."""
+    def case(i, prompt, source):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": f"answer {i}", "train": True}]
+        return make_case(Row(i, turns), source)
+
+    cases = [case(i, f"prompt {i % 50}", "large") for i in range(500)] + [
+        case(i, f"prompt {40 + i % 20}", "small") for i in range(60)] + [make_case(Row(1, None, "a b c"), "text")]
+    chosen = few(cases, 9, 1)
+    assert len({c.prompt for c in chosen}) == 9
+    assert Counter(c.source for c in chosen) == {"large": 4, "small": 4, "text": 1}
+    assert few(cases, 9, 1) == chosen != few(cases, 9, 2)
+    assert few(cases, 3, 1) == chosen[:3] and len({c.source for c in chosen[:3]}) == 3
+    assert len(few(cases, 1000, 1)) == 61  # 60 prompts and a text
+    many = [case(i, f"prompt {i}", f"page {i}") for i in range(1000)]
+    assert len({c.source for c in few(many, 5, 1)} & {f"page {i}" for i in range(50)}) < 5  # not the first ones
 
 
 def prompts(count: int = 24, longest: int = 30) -> list[list[int]]:

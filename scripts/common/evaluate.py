@@ -1,9 +1,11 @@
 """What a model learnt: rows -> questions -> losses and answers -> the numbers of scores.py, base beside tuned."""
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -102,6 +104,21 @@ def make_case(row: Row, source: str) -> Case:
     turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
     last = max([i for i in turns if row.messages[i].get("train", True)] or turns)
     return Case(row, source, row.messages[:last], row.messages[last]["content"])
+
+
+def few(cases: Iterable[Case], count: int, seed: int) -> list[Case]:
+    """At most `count` cases that ask different things, by a hash of seed and prompt, in turn from each source."""
+    sources: dict[str, dict[bytes, Case]] = {}
+    seen: set[bytes] = set()
+    for case in cases:
+        asked = [[m["role"], m["content"]] for m in case.context] or case.prompt
+        key = hashlib.sha256(json.dumps([seed, asked]).encode()).digest()
+        if key not in seen:
+            seen.add(key)
+            sources.setdefault(case.source, {})[key] = case
+    turns = {key: turn for own in sources.values() for turn, key in enumerate(sorted(own))}
+    found = {key: case for own in sources.values() for key, case in own.items()}
+    return [found[key] for key in sorted(found, key=lambda key: (turns[key], key))[:count]]
 
 
 def response_bytes(row: Row, assistant_turns: str = "all") -> int:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 from common.card import model_card, modelfile
@@ -142,12 +141,12 @@ def report(run: Run, chat: Chat, material: Material) -> None:
 
 def show_answers(run: Run, chat: Chat) -> None:
     """Answer some validation prompts (or built-in ones), go on with plain texts, print it and write samples.jsonl."""
-    from common.evaluate import BUILT_IN_PROMPTS, Case, Options, answer, make_case
+    from common.evaluate import BUILT_IN_PROMPTS, Case, Options, answer, few, make_case
     from common.rows import Row
 
     config, path = run.config, run.directory / "val.jsonl"
     rows = (make_case(row, row.source) for row in (RowReader(path, mixed=True) if path.exists() else ()))
-    cases = list(islice((case for case in rows if case.asks(continued=True)), config.num_gen_samples))
+    cases = few((case for case in rows if case.asks(continued=True)), config.num_gen_samples, config.seed)
     if not cases:
         asked = [[{"role": "user", "content": p}] for p in BUILT_IN_PROMPTS[:config.num_gen_samples]]
         cases = [Case(Row(i, turns), "built-in", turns, None) for i, turns in enumerate(asked, 1)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.evaluate import BUILT_IN_PROMPTS, Case, is_short, make_case
+from common.evaluate import BUILT_IN_PROMPTS, Case, few, is_short, make_case
 from common.faults import UserError
 from common.records import Bad
 from common.rows import FORMS, Row, RowReader
@@ -112,14 +112,13 @@ def built_in() -> EvalSet:
 
 
 def few_prompts(sets: list[EvalSet], count: int, seed: int) -> list[EvalSet]:
-    """A seeded choice of `count` rows of all sets together that ask something."""
-    asked = [(s, case) for s in sets for case in s.cases if case.asks(continued=True)]
-    if not asked:
+    """A seeded choice of `count` different prompts of all sets together."""
+    chosen = {id(case) for case in few((c for s in sets for c in s.cases if c.asks(continued=True)), count, seed)}
+    if not chosen:
         raise UserError(f"{', '.join(s.path for s in sets)}: no row asks anything. Give rows with a prompt before the "
                         "answer, or plain text.")
-    chosen = sorted(np.random.default_rng([seed, 7]).permutation(len(asked))[:count])
     for s in sets:
-        s.cases = [case for i in chosen for t, case in [asked[i]] if t is s]
+        s.cases = [case for case in s.cases if id(case) in chosen]
     return [s for s in sets if s.cases]
 
 
