@@ -140,6 +140,42 @@ HOSTILE = ["°", "<|e_assistant_token|>", "^", "$", "</s>", "<s>", "<|endoftext|
            "25 °C", "}\n{", "#}", "the cat"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_white_space_around_tags_and_markers(file, spm_unigram, end):
+    """Random white space control, spaces before, after and inside markers, CRLF files, data that looks like Jinja:
+    text and spans are those of the template rendered with marks that no text holds, found there by searching."""
+    draw, special, tried = random.Random(len(end)), "chat_template_data.special_tokens.", 0
+
+    def tag(body: str, kind: str = "{}") -> str:
+        minus = [draw.choice(["", "", "-"]) for _ in range(2)]
+        after = draw.choice(["", "\n", "\n", " ", "\n  ", " \n", "x"])
+        return f"{{{kind[0]}{minus[0]} {body} {minus[1]}{kind[1]}}}{after}"
+
+    for _ in range(25):
+        space = draw.choice(["", "' ' + ", "'\\n' + "])
+        template = "".join([
+            tag("chat_template_data.system_instruction"), tag("for m in messages", "%%"), tag("m.role + ':'"),
+            tag("if m.role == 'Bot'", "%%"), tag(f"{space}{special}b_include_to_loss_token"), tag("m.content"),
+            tag(f"{special}e_assistant_token + {special}e_include_to_loss_token"),
+            tag("else", "%%"), tag("' ' + m.content"), tag("endif", "%%"), tag("endfor", "%%")])
+        begins, ends = draw.choice([("^", "$"), (" ^", "$ "), ("\n^", "^\n"), ("<b>", "</b>"), ("{{", "}}")])
+        tokens = TOKENS | {"b_include_to_loss_token": begins, "e_include_to_loss_token": ends}
+        data = DATA | {"special_tokens": tokens, "system_instruction": draw.choice(["{{ 1 }} #}", " a\n", "^ $ \"\\"])}
+        path = Path(file(template=template, data=data))
+        path.write_bytes(path.read_bytes().replace(b"\n", end.encode()))
+        chat = load_chat(spm_unigram, str(path))
+        talk = [{"role": "user", "content": f"a {begins} b", "speaker": "One"},
+                {"role": "assistant", "content": f" {ends}° c ", "speaker": "Bot", "train": True}] * 2
+        marks = {"b_include_to_loss_token": "\ue010", "e_include_to_loss_token": "\ue011"}
+        want = as_described([{**m, "role": m["speaker"]} for m in talk], template,
+                            data | {"special_tokens": tokens | marks})
+        text, spans = chat.rendered(Row(1, talk))
+        assert text == re.sub("[\ue010\ue011]", "", want)
+        assert [text[a:b] for a, b in spans] == re.findall("\ue010([^\ue011]*)\ue011", want)
+        tried += len(spans)
+    assert tried == 50
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_hostile_text_stays_text(file, tmp_path, name, request):
     """Guards against text that ends a turn, opens a trained part, or breaks the template."""
