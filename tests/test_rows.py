@@ -73,8 +73,8 @@ BAD_MESSAGES = {
          'message 1 of "messages" has no "role" (keys: content). A message is {role, content}.'),
     18: (one_message("robot"),
          'message 1 of "messages" has the unknown role \'robot\' (known: system, user, assistant, tool, human, '
-         "prompter, gpt, model, chatgpt, bing, bard, developer, function, observation). Rename it, or map it to one of "
-         "them in role_map."),
+         "prompter, gpt, model, chatgpt, bing, bard, developer, function, observation, function_call). Rename "
+         "it, or map it to one of them in role_map."),
     19: ('{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant"}]}\n',
          '"content" of message 2 of "messages" is missing (keys: role). Give it a text, or tool_calls.'),
     20: (one_message(content="5"),
@@ -172,9 +172,64 @@ def test_csv_findings(tmp_path):
     rows, reader = read(path, skip_bad_rows=True)
     assert [(r.line, r.messages[0]["content"]) for r in rows] == [(2, "a\nb")]
     assert [b.removeprefix(f"{path}:") for b in reader.bad] == [
-        "4: 3 fields, the header has 2 (prompt, response). Put quotation marks around fields with commas.",
+        "4: 3 fields, the header has 2 (prompt, response). Put quotation marks around fields with ','.",
         "5: not UTF-8 (byte 0xe9 at byte 7). Save the file as UTF-8 (iconv -f LATIN1 -t UTF-8).",
         "6: a quotation mark is opened and never closed (the file may be cut off)."]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_csv_separators(tmp_path, separator):
+    """Guards against the tables of spreadsheets in countries that write 1,5 being refused: the header decides."""
+    lines = [["prompt", "response"], ["Hi", '"Well, hello; you\tthere"'], ["A", "B"]]
+    path = write(tmp_path, "\ufeff" + "".join(separator.join(line) + "\r\n" for line in lines), "x.csv")
+    rows, _ = read(path)
+    assert [[m["content"] for m in row.messages] for row in rows] == [["Hi", "Well, hello; you\tthere"], ["A", "B"]]
+
+
+def test_weights_of_openai(tmp_path):
+    """Guards against training an answer that its file says is not to be trained; only 0 and 1 have a meaning."""
+    def record(*weights):
+        turns = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"} | w] for w in weights]
+        return {"messages": [m for turn in turns for m in turn]}
+
+    weights = [{"weight": 0}, {"weight": 1}, {"weight": None}, {"weight": 0, "train": False}]
+    messages = messages_of(tmp_path, record(*weights))
+    assert [m["train"] for m in messages if m["role"] == "assistant"] == [False, True, True, False]
+    for wrong, finding in (({"weight": 0.5}, '"weight" of message 2 of "messages" is 0.5. It has to be 0 or 1.'),
+                           ({"weight": "0"}, "is '0'. It has to be 0 or 1."),
+                           ({"weight": 1, "train": False}, 'is 1. It has to be as "train" says, or away.')):
+        with pytest.raises(UserError) as fault:
+            messages_of(tmp_path, record(wrong))
+        assert finding in str(fault.value)
+
+
+def test_older_forms_of_calls(tmp_path):
+    """Guards against a call that is lost: OpenAI's function_call, and ShareGPT's turn of that name."""
+    call = {"name": "get", "arguments": "{}"}
+    calls = [{"type": "function", "function": call}]
+    wanted = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "train": True,
+                                                   "tool_calls": calls},
+              {"role": "tool", "content": "21"}, {"role": "assistant", "content": "Hello", "train": True}]
+    for content in (None, ""):
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content, "function_call": call},
+                 {"role": "function", "content": "21"}, {"role": "assistant", "content": "Hello"}]
+        assert messages_of(tmp_path, {"messages": turns}) == wanted
+    for value in (json.dumps(call), json.dumps([call]) + "\n"):
+        turns = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": value},
+                 {"from": "observation", "value": "21"}, {"from": "gpt", "value": "Hello"}]
+        assert messages_of(tmp_path, {"conversations": turns}) == wanted
+    turns[1]["value"] = "[1]"
+    with pytest.raises(UserError, match='message 2 of "conversations" is no function call'):
+        messages_of(tmp_path, {"conversations": turns})
+
+
+@pytest.mark.parametrize("record, way", [
+    ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "rename chosen to response"),
+    ({"title": "t", "mapping": {}}, "--dataset chatgpt"), ({"role": "user", "content": "Hi"}, "--dataset gptme")])
+def test_rows_that_need_another_step_first(tmp_path, record, way):
+    """Guards against a user who brings an export and is told of keys alone."""
+    with pytest.raises(UserError, match=way):
+        messages_of(tmp_path, record)
 
 
 def test_findings_in_a_json_array_name_row_and_line(tmp_path):

@@ -31,7 +31,7 @@ from common.records import Lines, Record
 from common.rows import Counts, Row, RowReader, row_to_json
 from common.settings import dataset_name
 
-FORMAT = 4  # part of the key: raise it when what is stored changes
+FORMAT = 5  # part of the key: raise it when what is stored changes
 ARRAYS = {"offsets": 1, "lines": 0, "groups": 0, "trained_counts": 0}  # entries more than examples
 
 

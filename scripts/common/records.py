@@ -312,7 +312,9 @@ class RecordReader:
         findings: list[Bad] = []
         lines = _csv_lines(source, findings)
         csv.field_size_limit(LINE_LIMIT)
-        reader = csv.reader(lines, strict=True)
+        header = source.peek().partition(b"\n")[0]
+        separator = next((s for s in (",", ";", "\t") if s.encode() in header), ",")  # Excel's depends on the country
+        reader = csv.reader(lines, strict=True, delimiter=separator)
         names: list[str] | None = None
         while True:
             self.line = start = reader.line_num + 1
@@ -336,7 +338,7 @@ class RecordReader:
                 continue
             if finding is None and fields and len(fields) != len(names):
                 finding = Bad(f"{len(fields)} fields, the header has {len(names)} ({', '.join(names)}). "
-                              "Put quotation marks around fields with commas.")
+                              f"Put quotation marks around fields with {separator!r}.")
             if fields or finding:
                 yield start, start, finding or dict(zip(names, fields))
 

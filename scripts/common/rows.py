@@ -39,7 +39,14 @@ WAY_OUT = {
 OPTIONAL = ("input", "system", "source", "id", "tools", "completion", "first_prompt")
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_MAP = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant",
-            "bing": "assistant", "bard": "assistant", "developer": "system", "function": "tool", "observation": "tool"}
+            "bing": "assistant", "bard": "assistant", "developer": "system", "function": "tool", "observation": "tool",
+            "function_call": "assistant"}
+HINTS = {  # keys of rows that need another step first -> that step
+    ("mapping",): "This is ChatGPT's export; scripts/prepare_sft_datasets.py --dataset chatgpt reads it.",
+    ("chosen",): "To learn the better answer of a preference pair, rename chosen to response, or to messages if it is "
+                 "a list with the prompt in it.",
+    ("role", "content"): "One message a line is a log; scripts/prepare_sft_datasets.py --dataset gptme reads those of "
+                         "gptme."}
 
 
 @dataclass(slots=True)
@@ -232,7 +239,7 @@ class RowReader(Counts):
             return None
         form = self.asked_form or _form_of(record)
         if form is None:
-            raise Bad(f"no known form (keys: {', '.join(record) or 'none'}). {WAY_OUT['prompt']}")
+            raise Bad(f"no known form (keys: {', '.join(record) or 'none'}). {_way_out(record, 'prompt')}")
         if self.form is not None and form != self.form and not self.mixed:
             raise Bad(f"two forms in a file: this row is of the form {form}, the file began with {self.form} "
                       f"(row {self._form_line}). Put the rows in two files.")
@@ -337,10 +344,14 @@ class RowReader(Counts):
         train = value.get("train")
         if train is not None and not isinstance(train, bool):
             raise Bad(f'"train" of {place} is {kind_of(train)} ({train!r}). It has to be true or false.')
+        if known == "assistant" and value.get("weight") is not None:  # OpenAI's name for it
+            train = _of_weight(value["weight"], train, place)
         if known == "assistant":
             message["train"] = train is not False
         elif train:
             raise Bad(f'"train" of {place} is true, but its role is {known}. Only assistant messages are trained.')
+        if role == "function_call":
+            message |= {"content": "", "tool_calls": _calls(message["content"].strip(), place)}
         if role in self.speakers:
             message["speaker"] = self.speakers[role]
         if len(value) > 2:
@@ -353,7 +364,7 @@ class RowReader(Counts):
                 raise Bad(f"a NUL byte in {place}. Remove it; the file may be damaged.")
             return content
         if content is None:
-            if message.get("tool_calls"):
+            if message.get("tool_calls") or message.get("function_call"):
                 return ""
             finding = "is null" if key in message else f"is missing (keys: {', '.join(message)})"
             raise Bad(f'"{key}" of {place} {finding}. Give it a text, or tool_calls.')
@@ -368,6 +379,8 @@ class RowReader(Counts):
 
     def _add_extras(self, message: dict, value: dict, place: str) -> None:
         calls = value.get("tool_calls")
+        if not calls and isinstance(value.get("function_call"), dict):  # its older form
+            calls = [{"type": "function", "function": value["function_call"]}]
         if calls:
             if message["role"] != "assistant":
                 raise Bad(f'"tool_calls" in {place}, whose role is {message["role"]}. Only the assistant calls tools.')
@@ -400,7 +413,7 @@ class RowReader(Counts):
                 raise Bad(f'a NUL byte in "{self._name(key)}". Remove it; the file may be damaged.')
             return value
         finding = f"is {kind_of(value)}" if key in record else f"is missing (keys: {', '.join(record)})"
-        raise Bad(f'"{self._name(key)}" {finding}. {WAY_OUT[form]}')
+        raise Bad(f'"{self._name(key)}" {finding}. {WAY_OUT[form] if key in record else _way_out(record, form)}')
 
     def _name(self, key: str) -> str:
         return self.columns.get(key, key)
@@ -411,6 +424,27 @@ def join_input(instruction: str, more: str) -> str:
     if not more or more.isspace():
         return instruction
     return f"{instruction}\n\n{more}" if instruction else more
+
+
+def _way_out(record: dict, form: str) -> str:
+    return next((hint for keys, hint in HINTS.items() if all(key in record for key in keys)), WAY_OUT[form])
+
+
+def _of_weight(weight: object, train: bool | None, place: str) -> bool:
+    """Whether an answer of this weight is trained; raise Bad."""
+    if weight not in (0, 1) or train not in (None, weight == 1):
+        finding = "0 or 1" if weight not in (0, 1) else 'as "train" says, or away'
+        raise Bad(f'"weight" of {place} is {weight!r}. It has to be {finding}.')
+    return weight == 1
+
+
+def _calls(text: str, place: str) -> list[dict]:
+    """ShareGPT's {"name": …, "arguments": …}, or a list of them, as tool_calls; raise Bad."""
+    found = parse(text)
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise Bad(f'{place} is no function call. It has to be {{"name": …, "arguments": …}} or a list of them.')
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _form_of(record: dict) -> str | None:
