@@ -223,6 +223,20 @@ def test_older_forms_of_calls(tmp_path):
         messages_of(tmp_path, {"conversations": turns})
 
 
+def test_history_of_an_instruction(tmp_path):
+    """Guards against an answer learnt without the turns that it rests on; they are context only."""
+    row = {"instruction": "And?", "input": "", "output": "b", "system": "S"}
+    assert messages_of(tmp_path, row | {"history": [["Hi", "a"]]}) == [
+        {"role": "system", "content": "S"}, {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "a", "train": False}, {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "b", "train": True}]
+    for empty in ([], None, ""):
+        assert len(messages_of(tmp_path, row | {"history": empty})) == 3
+    for wrong in ("Hi", [["Hi"]], ["Hi", "a"], [["Hi", "a", "b"]], {"Hi": "a"}, 3):
+        with pytest.raises(UserError, match='"history" is no list of pairs'):
+            messages_of(tmp_path, row | {"history": wrong})
+
+
 @pytest.mark.parametrize("record, way", [
     ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "rename chosen to response"),
     ({"title": "t", "mapping": {}}, "--dataset chatgpt"), ({"role": "user", "content": "Hi"}, "--dataset gptme")])

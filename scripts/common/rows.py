@@ -3,7 +3,7 @@
     {"prompt": "Hi", "response": "Hello"}                   or "completion"; each a text or a list of messages
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "tools": [...]}
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
-    {"instruction": "Translate", "input": "Hallo", "output": "Hello"}        input is joined by a blank line
+    {"instruction": "Translate", "input": "Hallo", "output": "Hello"}        input is joined by a blank line; "history"
     {"text": "plain text, all of it trained"}
 
 One form per file, that of its first good row. Where keys of several forms meet in a row the first of messages,
@@ -36,7 +36,7 @@ WAY_OUT = {
     "instruction": "Rows need instruction and output, or prompt and response, or messages.",
     "text": "Rows need text, or prompt and response, or messages.",
 }
-OPTIONAL = ("input", "system", "source", "id", "tools", "completion", "first_prompt")
+OPTIONAL = ("input", "history", "system", "source", "id", "tools", "completion", "first_prompt")
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_MAP = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant",
             "bing": "assistant", "bard": "assistant", "developer": "system", "function": "tool", "observation": "tool",
@@ -303,8 +303,20 @@ class RowReader(Counts):
     def _instruction(self, record: dict) -> list[dict]:
         instruction = self._text(record, "instruction", "instruction")
         more = self._text(record, "input", "instruction") if record.get("input") is not None else ""
-        return [{"role": "user", "content": join_input(instruction, more)},
+        return [*self._history(record.get("history")), {"role": "user", "content": join_input(instruction, more)},
                 {"role": "assistant", "content": self._text(record, "output", "instruction"), "train": True}]
+
+    def _history(self, pairs: object) -> list[dict]:
+        """[[instruction, output], …] before an instruction, as context; raise Bad."""
+        if self._tabular and isinstance(pairs, str) and pairs:
+            pairs = parse(pairs)
+        if not pairs:
+            return []
+        if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise Bad('"history" is no list of pairs. It has to be [[instruction, output], …].')
+        turns = [turn for asked, answered in pairs for turn in (
+            {"role": "user", "content": asked}, {"role": "assistant", "content": answered, "train": False})]
+        return self.messages_of(turns, "history")
 
     def _messages(self, record: dict, key: str = "messages") -> list[dict]:
         value = record.get(key)
