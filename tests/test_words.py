@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from conftest import WORDS, sentences, train_spm
 from test_spm import HARD, hard_texts
 
 from common import words
-from common.spm import SentencePiece
+from common.chat import load_chat
+from common.spm import SentencePiece, to_fast
 
 SPACES = [" ", "  ", "   ", "    ", "▁", "▁▁", "\n", "\n    ", "\t", "", "\0"]
 
@@ -22,15 +24,18 @@ def code(count: int, seed: int) -> list[str]:
                     for _ in range(draw.randint(0, 20))) for _ in range(count)]
 
 
-def same(model: SentencePiece, texts: list[str]) -> bool:
+def same(found: Callable, expected: Callable, texts: list[str]) -> bool:
     """In batches, so that later ones meet words of earlier ones; the last again, when all its words are known."""
     batches = [texts[i:i + 100] for i in range(0, len(texts), 100)]
     for batch in [*batches, batches[-1]]:
-        expected = model.native.encode(batch, num_threads=1, return_type="numpy")
-        found = model.encode_arrays(batch)
-        assert all(f.dtype == np.int32 for f in found)
-        assert [f.tolist() for f in found] == [e.tolist() for e in expected]
+        arrays = found(batch)
+        assert all(ids.dtype == np.int32 for ids in arrays)
+        assert [ids.tolist() for ids in arrays] == [ids.tolist() for ids in expected(batch)]
     return True
+
+
+def whole(model: SentencePiece) -> Callable:
+    return lambda texts: model.native.encode(texts, num_threads=1, return_type="numpy")
 
 
 @pytest.mark.parametrize("byte_fallback", [True, False])
@@ -44,9 +49,13 @@ def test_ids_are_those_of_the_whole_text(tmp_path: Path, monkeypatch: pytest.Mon
                                     allow_whitespace_only_pieces=True))
     assert any("▁▁" in p.piece for p in model.proto.pieces) == indented
     assert model._words
-    assert same(model, HARD + hard_texts(500, 1) + code(1500, 2))
+    assert same(model.encode_arrays, whole(model), HARD + hard_texts(500, 1) + code(1500, 2))
     monkeypatch.setattr(words, "REMEMBERED", 500)
-    assert same(model, HARD + hard_texts(500, 3))
+    assert same(model.encode_arrays, whole(model), HARD + hard_texts(500, 3))
+    to_fast(model).save_pretrained(tmp_path)
+    chat = load_chat(str(tmp_path), "chatml")
+    assert chat.native is None and chat._words
+    assert same(chat._encode_texts, chat._encode_whole, HARD + hard_texts(300, 5) + code(700, 6))
 
 
 @pytest.mark.parametrize("options", [
@@ -57,4 +66,25 @@ def test_other_models_are_given_the_whole_text(tmp_path: Path, options: dict) ->
     model = SentencePiece(train_spm(tmp_path / "m.model", **{"model_type": "bpe", **options}))
     assert model._words is None
     if not model.normalises:  # its texts are composed first
-        assert same(model, HARD + code(300, 4))
+        assert same(model.encode_arrays, whole(model), HARD + code(300, 4))
+
+
+def test_other_fast_tokenizers_are_given_the_whole_text(spm_unigram: str, spm_bpe: str, spm_lossy: str,
+                                                        byte_level: str) -> None:
+    """Words of a kind that was not proven: another model, a pre-tokenizer, a normaliser, tokens found in any text."""
+    for path in (spm_unigram, spm_lossy):
+        assert words.of_fast(to_fast(SentencePiece(path)), list) is None
+    assert load_chat(byte_level)._words is None
+    fast = to_fast(SentencePiece(spm_bpe))
+    assert words.of_fast(fast, list) is not None
+    fast.add_tokens(["e d"])
+    assert words.of_fast(fast, list) is None
+
+
+def test_a_failed_call_leaves_no_word_without_ids(spm_bpe: str) -> None:
+    """Numbers of words whose encoding failed: from then on every word would get the ids of another."""
+    model = SentencePiece(spm_bpe)
+    model.encode_arrays(["the red cat"])
+    with pytest.raises(TypeError):
+        model.encode_arrays(["new words \ud800"])
+    assert same(model.encode_arrays, whole(model), ["the red cat", "cat dog", "new words"])

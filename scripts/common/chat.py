@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,11 @@ import numpy as np
 
 from common.faults import UserError
 from common.hub import local_model
+from common.pool import Pool, gather
 from common.render import Template
 from common.spm import SentencePiece, prove_equal, to_fast
 from common.template_file import TemplateFile, facts, read_template_file, to_jinja
+from common.words import Words, of_fast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -214,43 +217,35 @@ class Chat:
     def _encode(self, layouts: list[Layout]) -> list[Encoded]:
         """Encode all runs of all rows in one call of the tokenizer, then put the rows together."""
         texts = [self._boundary_texts(item) for layout in layouts for item in layout if isinstance(item, list)]
-        slots = dict.fromkeys(text for run in texts for text in run)  # each text once: "assistant\n" is in every row
-        ids = dict(zip(slots, self._encode_texts(list(slots))))
-        chunks: list[np.ndarray] = [np.empty(0, dtype=np.int32)]
-        spans: list[int] = []  # tokens in each stretch that is trained, or not, as a whole
+        slots = dict.fromkeys(chain.from_iterable(texts))  # each text once: "assistant\n" is in every row
+        pool = Pool([*self._one, *slots], [*self._one.values(), *self._encode_texts(list(slots))])
+        stretches: list[tuple[int, int]] = []  # from, to in the pool; each is trained, or not, as a whole
         learnt: list[bool] = []
-        bounds, total, runs = [0], 0, iter(texts)
+        bounds, runs = [0], iter(texts)
         for layout in layouts:
             for item in layout:
                 if isinstance(item, tuple):
-                    chunks.append(self._one[item[0]])
-                    spans.append(1)
+                    stretches.append(pool.where[item[0]])
                     learnt.append(item[1])
-                    total += 1
                 else:
-                    whole, ends = self._encode_run(next(runs), ids)
-                    chunks.append(whole)
-                    spans += [end - start for start, end in zip([0, *ends], ends)]
+                    stretches += pool.parts(next(runs)) or self._apart(item, pool)
                     learnt += [trained for _, trained, _ in item]
-                    total += ends[-1]
-            bounds.append(total)
-        flat, trained = np.concatenate(chunks), np.repeat(np.array(learnt, dtype=bool), spans)
+            bounds.append(len(stretches))
+        starts, ends = np.fromiter(chain.from_iterable(stretches), np.int64, 2 * len(stretches)).reshape(-1, 2).T
+        lengths = ends - starts
+        flat, trained = gather(pool.ids(), starts, lengths), np.repeat(np.array(learnt, dtype=bool), lengths)
+        bounds = np.concatenate([[0], np.cumsum(lengths)])[bounds].tolist()
         # nothing comes before the first token of a row, so it cannot be predicted
         trained[[start for start, end in zip(bounds, bounds[1:]) if end > start]] = False
         return [Encoded(flat[start:end], trained[start:end]) for start, end in zip(bounds, bounds[1:])]
 
-    def _encode_run(self, texts: list[str], ids: dict[str, np.ndarray]) -> tuple[np.ndarray, list[int]]:
-        """The ids of a run, and where in them each of its parts ends."""
-        whole = ids[texts[0]]
-        if len(texts) == 1:
-            return whole, [len(whole)]
-        prefixes = [ids[text] for text in texts[1:]]
-        if all(whole[:len(p)].tobytes() == p.tobytes() for p in prefixes):
-            return whole, [*map(len, prefixes), len(whole)]
+    def _apart(self, run: Run, pool: Pool) -> list[tuple[int, int]]:
+        """The parts of a run encoded each by itself, where a token would reach over the beginning or end of an answer.
+        """
         self.encoded_apart += 1
-        cuts = [0, *map(len, texts[1:]), len(texts[0])]
-        apart = self._encode_texts([texts[0][start:end] for start, end in zip(cuts, cuts[1:])])
-        return np.concatenate(apart), np.cumsum([len(a) for a in apart]).tolist()
+        text, *before = self._boundary_texts(run)
+        cuts = [0, *map(len, before), len(text)]
+        return [pool.add(ids) for ids in self._encode_texts([text[a:b] for a, b in zip(cuts, cuts[1:])])]
 
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         """Plain texts -> int32 ids, none of them a control id."""
@@ -258,9 +253,7 @@ class Chat:
             return []
         if self.native is not None:  # cannot emit a control id, whatever the text
             return self.native.encode_arrays(texts)
-        found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
-                               return_token_type_ids=False, verbose=False)["input_ids"]
-        arrays = [np.array(ids, dtype=np.int32) for ids in found]
+        arrays = self._words.encode(texts) if self._words else self._encode_whole(texts)
         # Unigram tokenizers without a piece for "<" read </s> in a text as the token, whatever they are asked.
         if self._never_from_text[np.concatenate(arrays)].any():
             text, ids = next((t, a) for t, a in zip(texts, arrays) if self._never_from_text[a].any())
@@ -268,6 +261,15 @@ class Chat:
             raise UserError(f"tokenizer: it reads {token!r} in a text as the control token ({_around(text, token)!r}). "
                             "Remove the string from the rows, or use the SentencePiece .model it was made from.")
         return arrays
+
+    @cached_property
+    def _words(self) -> Words | None:
+        return of_fast(self.tokenizer, self._encode_whole)
+
+    def _encode_whole(self, texts: list[str]) -> list[np.ndarray]:
+        found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+                               return_token_type_ids=False, verbose=False)["input_ids"]
+        return [np.array(ids, dtype=np.int32) for ids in found]
 
     # -- text and files
 

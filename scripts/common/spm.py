@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.faults import UserError
-from common.words import Words, are_independent
+from common.words import of_sentencepiece
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,7 @@ class SentencePiece:
         # Precompiled character maps work on code points here and on grapheme clusters in `tokenizers`; on NFC text
         # with plain newlines the two agree (0 of 2,000 random strings of stacked marks differ; 366 before).
         self.normalises = bool(self.proto.normalizer_spec.precompiled_charsmap)
-        self._words = Words(self.native) if are_independent(self.proto) else None
+        self._words = of_sentencepiece(self.native, self.proto)
 
     def _check(self) -> None:
         trainer, spec = self.proto.trainer_spec, self.native

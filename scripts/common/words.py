@@ -2,35 +2,62 @@
 
     "the cat the cat"  ->  words ▁the ▁cat ▁the ▁cat  ->  two of them encoded, four looked up
 
-SentencePiece merges neighbours anywhere in a text, with a queue over all of it: ten times the work of the rest of the
+Such a model merges neighbours anywhere in a text, with a queue over all of it: ten times the work of the rest of the
 preparation. But where no piece holds a space after another character, no merge reaches over the beginning of a word,
 and words do not depend on each other. (Not so for unigram models: sums of scores are rounded, ties fall otherwise.)
 """
 from __future__ import annotations
 
+import json
 import re
+from array import array
+from collections.abc import Callable, Collection
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.pool import gather
+
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
+    from transformers import PreTrainedTokenizerFast
 
 SPACE = "▁"  # U+2581, which stands for a space in pieces
 NORMAL, BPE = 1, 2  # of SentencePiece: kind of a piece, kind of a model
+NORMALISER = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, {
+    "type": "Replace", "pattern": {"String": " "}, "content": SPACE}]}
 REMEMBERED = 8 << 20  # characters of words; then all are forgotten
 _WORD = re.compile(" ( *[^ ]*)")
 
 
-def are_independent(proto: object) -> bool:
-    """Whether the words of a text can be encoded one by one."""
-    normaliser = proto.normalizer_spec
-    return (proto.trainer_spec.model_type == BPE and not proto.trainer_spec.treat_whitespace_as_suffix
-            and normaliser.add_dummy_prefix and normaliser.escape_whitespaces
-            and not (normaliser.remove_extra_whitespaces or normaliser.precompiled_charsmap)
-            and any(p.piece == SPACE and p.type == NORMAL for p in proto.pieces)
-            and not any(SPACE in p.piece.lstrip(SPACE) for p in proto.pieces))
+def of_sentencepiece(native: SentencePieceProcessor, proto: object) -> Words | None:
+    """Words of a SentencePiece model, or None where its words depend on each other."""
+    normaliser, trainer = proto.normalizer_spec, proto.trainer_spec
+    usable = (trainer.model_type == BPE and not trainer.treat_whitespace_as_suffix
+              and normaliser.add_dummy_prefix and normaliser.escape_whitespaces
+              and not (normaliser.remove_extra_whitespaces or normaliser.precompiled_charsmap))
+    if not usable or not _apart({p.piece for p in proto.pieces if p.type == NORMAL}):
+        return None
+    return Words(lambda words: native.encode(words, num_threads=1, return_type="numpy"), native.piece_to_id(SPACE))
+
+
+def of_fast(tokenizer: PreTrainedTokenizerFast, encode: Callable[[list[str]], list[np.ndarray]]) -> Words | None:
+    """The same for a tokenizer.json of that kind, as Llama 2 and Mistral have it. encode: texts -> int32 ids."""
+    backend = tokenizer.backend_tokenizer
+    model = backend.model
+    usable = (type(model).__name__ == "BPE" and backend.pre_tokenizer is None and backend.normalizer is not None
+              and not (model.dropout or model.ignore_merges)
+              and not (model.continuing_subword_prefix or model.end_of_word_suffix)
+              and json.loads(backend.normalizer.__getstate__()) == NORMALISER
+              and all(token.special for token in tokenizer.added_tokens_decoder.values()))  # else found in any text
+    vocabulary = backend.get_vocab(with_added_tokens=False) if usable else {}
+    return Words(encode, vocabulary[SPACE]) if _apart(vocabulary.keys()) else None
+
+
+def _apart(pieces: Collection[str]) -> bool:
+    """Whether words begin with a piece of its own, and no piece reaches into the next one."""
+    return SPACE in pieces and not any(SPACE in piece.lstrip(SPACE) for piece in pieces)
 
 
 def _cut(text: str) -> list[str]:
@@ -52,17 +79,17 @@ class _Numbers(dict):
 class Words:
     """The words met so far, without the space before each, and their ids: word i has ids[starts[i]:starts[i + 1]]."""
 
-    def __init__(self, native: SentencePieceProcessor):
-        self.native = native
+    def __init__(self, encode: Callable[[list[str]], list[np.ndarray]], space: int):
+        """encode: texts -> int32 ids of each; space: the id of a lone space."""
+        self._encode, self._space = encode, space
         self._forget()
 
     def _forget(self) -> None:
-        self.numbers, self.size = _Numbers({"": 0}), 0  # native gives nothing for ""; as a word it is a lone space
-        self.ids = np.array([self.native.piece_to_id(SPACE)], dtype=np.int32)
-        self.starts = np.array([0, 1])
+        self.numbers, self.size = _Numbers({"": 0}), 0  # as a text "" has no ids; as a word it is a lone space
+        self.ids, self.starts = array("i", [self._space]), array("q", [0, 1])
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The int32 ids of each text, as native.encode gives them."""
+        """The int32 ids of each text, as it gives them for the whole text."""
         if self.size > REMEMBERED:
             self._forget()
         words = [_cut(text.replace(SPACE, " ")) if text else [] for text in texts]
@@ -70,15 +97,20 @@ class Words:
         found = map(self.numbers.__getitem__, chain.from_iterable(words))
         numbers = np.fromiter(found, np.int64, sum(map(len, words)))
         self._learn(list(islice(self.numbers, known, None)))
-        lengths = self.starts[numbers + 1] - self.starts[numbers]
-        ends = np.cumsum(lengths)
-        ids = self.ids[np.repeat(self.starts[numbers] - ends + lengths, lengths) + np.arange(lengths.sum())]
-        bounds = np.concatenate([[0], ends])[np.cumsum([0, *map(len, words)])].tolist()
+        all_starts = np.frombuffer(self.starts, np.int64)
+        starts = all_starts[numbers]
+        lengths = all_starts[numbers + 1] - starts
+        ids = gather(np.frombuffer(self.ids, np.int32), starts, lengths)
+        bounds = np.concatenate([[0], np.cumsum(lengths)])[np.cumsum([0, *map(len, words)])].tolist()
         return [ids[start:end] for start, end in zip(bounds, bounds[1:])]
 
     def _learn(self, new: list[str]) -> None:
         if new:
-            found = self.native.encode(new, num_threads=1, return_type="numpy")
-            self.starts = np.concatenate([self.starts, self.starts[-1] + np.cumsum([len(ids) for ids in found])])
-            self.ids = np.concatenate([self.ids, *found])
+            try:
+                found = self._encode(new)
+            except BaseException:  # ids of the words that are numbered already would be missing
+                self._forget()
+                raise
+            self.starts.extend((self.starts[-1] + np.cumsum([*map(len, found)])).tolist())
+            self.ids.frombytes(np.concatenate(found).tobytes())
             self.size += sum(map(len, new))
