@@ -6,8 +6,9 @@
 Same rows, same converted tokenizer and template, rows of 1,024 tokens packed. Ours: the file read strictly, every row
 rendered, encoded and masked on all cores, the cache written, split and plan made. TRL: load_dataset("json") and what
 SFTTrainer does with its defaults and packing=True (one process), without and with assistant masks, and with masks on
-all cores; its rate is measured on the first --trl_rows, because it does not depend on their number. Ratios are
-to the fastest of these, and to the fastest in one process, as it is without --dataset_num_proc. Made-up rows have Zipf-distributed words and the lengths of Dolly, OpenAssistant and Alpaca.
+all cores; its rate is measured on the first --trl_rows, because it does not depend on their number. Ratios are to the
+fastest of these, and to the fastest in one process, as it is without --dataset_num_proc. Made-up rows have Zipf-
+distributed words and the lengths of Dolly, OpenAssistant and Alpaca.
 """
 from __future__ import annotations
 
