@@ -51,6 +51,7 @@ HEADER, FOOTER = PRIVATE.splitlines()[0], PRIVATE.splitlines()[-1]
         ("Discord token", base64.b64encode(b"112233445566778899").decode() + ".GaBcDe." + LETTERS[:38]),
         ("Discord token", base64.b64encode(b"1122334455667788990").decode().rstrip("=") + ".GaBcDe." + LETTERS[:27]),
         ("Azure DevOps token", LETTERS[:76] + "AZ" + "DO" + LETTERS[80:84]),
+        ("Azure AI key", LETTERS[:52] + "JQ" + "QJ99" + LETTERS[8:34]),
         ("Azure client secret", LETTERS[:3] + "8Q" + "~" + LETTERS[4:38]),
         ("Google OAuth token", "GOC" + "SPX-" + LETTERS[:28]),
         ("Slack token", "xo" + "xe.xo" + "xp-1-" + LETTERS[:140]),

@@ -93,6 +93,8 @@ _ASSIGN = r"""["'`]?\]?[ \t]{0,2}(?::=|=>|==?|:)[ \t]{0,2}\\?["'`]?"""
 _CONTEXT = [  # kind, pattern whose group is the secret, what it has to look like besides
     ("Azure DevOps token", re.compile(_NOT_IN_WORD + r"([A-Za-z0-9]{76}AZDO[A-Za-z0-9]{4})(?![A-Za-z0-9])"),
      lambda v: True),
+    ("Azure AI key", re.compile(_NOT_IN_WORD + r"([A-Za-z0-9]{52}JQQJ9[A-Za-z0-9]{27})(?![A-Za-z0-9])"),
+     lambda v: True),
     ("Azure client secret", re.compile(_NOT_IN_WORD + r"([\w~.-]{3}\dQ~[\w~.-]{31,34})(?![\w~-])"),
      lambda v: True),
     ("private key", re.compile(r"Private-Lines: \d+(?:\\[rn]|\s)+((?:[A-Za-z0-9+/]{20,}+={0,2}(?:\r?\n|\\n)?+)++)"),
