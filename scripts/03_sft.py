@@ -111,7 +111,7 @@ def fetch_all(run: Run, weights: bool) -> None:
     from common.ranks import on_main
 
     config = run.config
-    if not getattr(config, "commits", {}):
+    if not config.commits:
         return
     commits, lines = on_main(run.watch, lambda: (config.commits, fetch(config, config.commits, weights)))
     if not run.main:
@@ -229,7 +229,6 @@ def check_files(config: SftConfig) -> None:
         there = "does not exist" if len(missing) == 1 else "do not exist"
         raise UserError(f"{', '.join(missing)}: {there}. Make data sets with scripts/prepare_sft_datasets.py, or check "
                         "the path.")
-    config.commits = {}
     if any(is_hub_name(name) for name in (*named, config.source, config.tokenizer_path or "")):
         config.commits = resolve(config)
     if config.push_to_hub and not config.dry_run and not config.verify_resume:

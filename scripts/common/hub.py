@@ -10,6 +10,7 @@ Hub's own cache; a data set is one file in CACHE_DIR/hub/, a link or its parts j
 """
 from __future__ import annotations
 
+import errno
 import functools
 import glob
 import gzip
@@ -37,6 +38,7 @@ PART = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?|\d{3,}")  # what tells the p
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.md")
 WEIGHTS = ("*.safetensors",)
 NOT_MODEL = ("*/*", "consolidated*")  # other formats of the same weights
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 
 
@@ -86,7 +88,7 @@ def fetch(config: SftConfig, commits: dict[str, str], weights: bool) -> list[str
 
     First without the weights (configuration, tokenizer, rows: what the plan needs), then with them.
     """
-    places, lines = getattr(config, "places", {}), []
+    places, lines = dict(config.places), []
     for (kind, name), ref in needed(config).items():
         commit = commits[str(ref)]
         if kind == "model":
@@ -189,7 +191,7 @@ def _download(ref: Ref, commit: str, take: list[str], leave: list[str] | None = 
     options = {"repo_type": ref.kind, "revision": commit, "allow_patterns": take, "ignore_patterns": leave}
     try:
         place = _asked(ref, lambda: snapshot_download(ref.repo, local_files_only=bool(reason), **options),
-                       LocalEntryNotFoundError if reason else ())
+                       LocalEntryNotFoundError if reason else (), tries=3)
     except LocalEntryNotFoundError:
         raise absent(ref, reason) from None
     if not reason and ref.revision != commit:  # so that it is found by its name when there is no network
@@ -301,8 +303,8 @@ def check_push(repo: str, directory: str) -> str:
 
     ref = Ref("model", repo)
     if reason := unreachable():
-        raise UserError(f"--push_to_hub: {reason}. Connect, or leave it out and give the same command with it once the "
-                        "run is finished: that pushes and nothing else.")
+        raise UserError(f"--push_to_hub: {reason}. Connect, or leave it out now: once the run is finished, the same "
+                        "command with it and --resume_from_checkpoint pushes and does nothing else.")
     if get_token() is None:
         raise UserError(f"--push_to_hub: no token is set. Make one that may write at {constants.ENDPOINT}"
                         f"/settings/tokens and {LOG_IN}.")
@@ -352,11 +354,19 @@ def push(directory: Path, repo: str, card: str, again: str, say: Callable[[str],
 
 PUSHED = ("model*.safetensors", "adapter_model*.safetensors", "model.safetensors.index.json", "adapter_config.json",
           "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-          "vocab.*", "merges.txt", "chat_template.*", "Modelfile")  # no rows, no samples, no paths of this machine
+          "vocab.*", "merges.txt", "chat_template.*")  # no rows, no samples, no paths of this machine
 
 
 def hub_card(card: str, directory: str, repo: str, merged: bool) -> str:
-    """A run's README.md as it has to read in the repository; merged: what is pushed is the merged model."""
+    """A run's README.md as it has to read in the repository: its name instead of places on this machine, and without
+    what is not pushed (held-out rows among the answers, files of the run). merged: the merged model is pushed."""
+    card = re.sub(r"^## Answers\n.*(?=^## Use\n)", "", card, flags=re.M | re.S)  # greedy: rows may hold headings
+    card = re.sub(r"^## Elsewhere\n.*(?=^## Limits\n)", "", card, flags=re.M | re.S)
+    card = re.sub(r"^All settings, .*?`report\.html`\. ", "", card, flags=re.M)
+    card = re.sub(r"^In the terminal, .*?(?=^## |\Z)", "In the terminal: `python scripts/06_eval_sft.py --chat "
+                  f"--model_path {repo}`.\n\n", card, flags=re.M | re.S)
+    card = re.sub(r"(?<=^Supervised fine-tuning of )`([^`]+)`",
+                  lambda base: base[0] if is_hub_name(base[1]) else "a model of its author's own", card, flags=re.M)
     card = card.replace(f'place = "{directory}"  # this directory', f'place = "{repo}"')
     if merged:
         for old, new in (("library_name: peft", "library_name: transformers"), ("from peft import", "from transformers "
@@ -368,15 +378,17 @@ def hub_card(card: str, directory: str, repo: str, merged: bool) -> str:
 
 # ---- what can go wrong
 
-def _asked(ref: Ref, ask: Callable, passed: type[Exception] | tuple = ()) -> object:
-    """ask(); a fault of the library or the network becomes one sentence."""
-    try:
-        return ask()
-    except passed:
-        raise
-    except Exception as fault:  # the library raises OSError, ValueError, httpx's and its own errors alike
-        found = refusal(fault, ref)
-        raise (found if isinstance(found, UserError) else UserError(str(found))) from fault
+def _asked(ref: Ref, ask: Callable, passed: type[Exception] | tuple = (), tries: int = 1) -> object:
+    """ask(), up to `tries` times if the network fails; a fault of the library or the network becomes one sentence."""
+    for left in reversed(range(tries)):
+        try:
+            return ask()
+        except passed:
+            raise
+        except Exception as fault:  # the library raises OSError, ValueError, httpx's and its own errors alike
+            found = refusal(fault, ref)
+            if not left or isinstance(found, UserError) or found.errno:
+                raise found from fault
 
 
 def refusal(fault: BaseException, ref: Ref) -> UserError | OSError:
@@ -412,8 +424,11 @@ def refusal(fault: BaseException, ref: Ref) -> UserError | OSError:
                          "/settings/tokens.")
     if status is not None and status < 500 and status not in (408, 429):
         return UserError(f"{ref.repo}: the Hub refuses ({_brief(fault)}). Check name and file.")
+    if isinstance(fault, OSError) and fault.errno in DISK:
+        way_out = f"{fault.strerror}. Make room, or let HF_HOME name another disk."
+        return OSError(fault.errno, way_out, constants.HF_HUB_CACHE)
     finding = f"the Hub answers {status}" if status else f"the transfer broke off ({_brief(fault)})"
-    return OSError(f"{ref.repo}: {finding}. Give the same command again: what has arrived stays.")
+    return OSError(f"{ref.repo}: {finding}. Give the same command again: files that are whole stay.")
 
 
 def _brief(fault: BaseException) -> str:

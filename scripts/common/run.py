@@ -154,7 +154,7 @@ def describe_run(run: Run, material: Material, chat: Chat) -> dict:
     from importlib.metadata import version
 
     packages = ("torch", "transformers", "tokenizers", "peft", "accelerate", "sentencepiece", "numpy")
-    return {"config": to_dict(run.config), "hub": getattr(run.config, "commits", {}),
+    return {"config": to_dict(run.config), "hub": run.config.commits,
             "rows_per_step": material.plan.rows_per_step,
             "processes": run.accelerator.num_processes, "mixed_precision": run.accelerator.mixed_precision,
             "fingerprints": fingerprints(material, chat, run.config),

@@ -40,6 +40,8 @@ class SftConfig:
     """Settings of supervised fine-tuning; `parse(SftConfig, argv, description)` makes one."""
 
     # names other tools use -> ours, for the hint beside an unknown name alone
+    commits: ClassVar[dict[str, str]] = {}  # of what is named on the Hub; an instance's own after hub.resolve
+    places: ClassVar[dict[tuple[str, str], str]] = {}  # where it was fetched to, (kind, name) -> path; hub.fetch
     other_names: ClassVar[dict[str, str]] = {
         "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "lora_rank": "lora_r",
         "r": "lora_r", "model_name_or_path": "model_path", "base_model": "model_path", "max_length": "max_seq_length",
@@ -173,7 +175,8 @@ class SftConfig:
                               resume="free", group="Run")
     push_to_hub: str | None = setting(
         None, "Push the finished model (the merged one with merge_adapters) to this repository; a new one is private. "
-        "Without a value: one of yours, called like output_dir. A finished run is pushed by the same command.",
+        "Without a value: one of yours, called like output_dir. A finished run is pushed by the same command with "
+        "resume_from_checkpoint.",
         words=("auto",), bare="auto", resume="free")
     overwrite_output_dir: bool = setting(False, "Move a run that is there aside and start anew.", action=True)
     resume_from_checkpoint: str | None = setting(
@@ -249,7 +252,7 @@ class SftConfig:
 
     def at(self, name: str, kind: str = "model") -> str:
         """Where a model, tokenizer or data set is: a path itself, or where a name of the Hub was fetched to."""
-        return getattr(self, "places", {}).get((kind, name), name)
+        return self.places.get((kind, name), name)
 
     @property
     def source(self) -> str:
