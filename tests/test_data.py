@@ -127,7 +127,7 @@ def test_a_broken_cache_is_not_used(rows_file: Path, chat: Chat, damage: str, mo
             with pytest.raises(KeyboardInterrupt):
                 load(rows_file, chat)
         assert list((rows_file.parent / "cache").iterdir()) == []
-        left = place.with_name(f".{place.name}.999999999")  # what kill -9 leaves: no process has this number
+        left = place.with_name(".rows.999999999")  # what kill -9 leaves: no process has this number
         left.mkdir()
     elif damage == "missing":
         (place / "groups.npy").unlink()

@@ -9,6 +9,7 @@ file's bytes, the tokenizer, the template, the lengths and the format; `meta.jso
 from __future__ import annotations
 
 import gc
+import glob
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -74,29 +76,38 @@ def load_dataset(path: str | Path, chat: Chat, *, max_seq_length: int, too_long:
 
     Raise UserError for bad rows (all counted, the first ones shown) and when no row with a trained token is left.
     """
-    path = Path(path)
-    key = {"file": _sha256(path), "name": path.name, "chat": chat.fingerprint(), "max_seq_length": max_seq_length,
-           "too_long": too_long, "skip_bad_rows": skip_bad_rows, "role_map": role_map or {}, "format": FORMAT}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    stem = dataset_name(str(path))
-    place = Path(cache_dir) / f"{stem}-{digest[:7]}"
-    if not _is_whole(place, digest):
-        work = place.with_name(f".{place.name}.{os.getpid()}")
-        for left in place.parent.glob(f".{place.name}.*"):  # of builds that were killed, ours or of another process
-            if left == work or not _is_alive(left.suffix[1:]):
-                shutil.rmtree(left, ignore_errors=True)
-        work.mkdir(parents=True)
-        try:
-            reader = RowReader(path, skip_bad_rows=skip_bad_rows, role_map=role_map)
-            meta = _tokenise(reader, chat, max_seq_length, too_long, work, progress)
-            if reader.sha256 != key["file"]:
-                raise UserError(f"{path}: the file changed while it was read. Start again when it is complete.")
-            meta |= {"sha256": digest, "key": key, "file": str(path), "settings": _described(chat)}
-            (work / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
-            (work / "meta.json").write_text(json.dumps(meta, indent=1))
-            _replace(work, place, digest)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    path, cache_dir, stem = Path(path), Path(cache_dir), dataset_name(str(path))
+    key = {"name": path.name, "chat": chat.fingerprint(), "max_seq_length": max_seq_length, "too_long": too_long,
+           "skip_bad_rows": skip_bad_rows, "role_map": role_map or {}, "format": FORMAT}
+
+    def place_of(sha256: str) -> tuple[Path, str]:
+        digest = hashlib.sha256(json.dumps(key | {"file": sha256}, sort_keys=True).encode()).hexdigest()
+        return cache_dir / f"{stem}-{digest[:7]}", digest
+
+    with _opened(path) as file:
+        if any(cache_dir.glob(f"{glob.escape(stem)}-*")):  # else there is nothing to find: tens of GB are read once
+            place, digest = place_of(hashlib.file_digest(file, "sha256").hexdigest())
+            if _is_whole(place, digest):
+                return _open(place, stem, str(path))
+    work = cache_dir / f".{stem}.{os.getpid()}"
+    for left in cache_dir.glob(f".{glob.escape(stem)}.*"):  # of builds that were killed, ours or of another process
+        if left == work or not _is_alive(left.suffix[1:]):
+            shutil.rmtree(left, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        before, reader = os.stat(path), RowReader(path, skip_bad_rows=skip_bad_rows, role_map=role_map)
+        meta = _tokenise(reader, chat, max_seq_length, too_long, work, progress)
+        after = os.stat(path)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise UserError(f"{path}: the file changed while it was read. Start again when it is complete.")
+        place, digest = place_of(reader.sha256)
+        meta |= {"sha256": digest, "key": key | {"file": reader.sha256}, "file": str(path),
+                 "settings": _described(chat)}
+        (work / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
+        (work / "meta.json").write_text(json.dumps(meta, indent=1))
+        _replace(work, place, digest)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return _open(place, stem, str(path))
 
 
@@ -107,10 +118,9 @@ def _described(chat: Chat) -> dict:
             "added_tokens": chat.added_tokens}
 
 
-def _sha256(path: Path) -> str:
+def _opened(path: Path) -> BinaryIO:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return open(path, "rb")
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory. Name the files in it.") from None
     except OSError as fault:
