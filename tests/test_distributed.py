@@ -5,6 +5,7 @@ then does to model and optimizer, and all of this project's code, is what runs o
 """
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -200,6 +201,22 @@ def test_a_pickle_bomb_in_the_table_of_contents(tmp_path, monkeypatch):
     with pytest.raises(pickle.UnpicklingError, match="system"):
         Reader(tmp_path).read_metadata()
     assert not (tmp_path / "bomb").exists()
+
+
+def test_an_enumeration_as_older_pythons_pickle_it():
+    """Python 3.11.0 to 3.11.3 write getattr(class, name); getattr of anything else would open what Unpickler closes."""
+    import torch
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MEMORY
+
+    from common.sharded import Unpickler
+
+    def read(*arguments: object) -> object:
+        called = type("Called", (), {"__reduce__": lambda self: (getattr, arguments)})
+        return Unpickler(io.BytesIO(pickle.dumps(called()))).load()
+
+    assert read(MEMORY, "TORCH_PRESERVE_FORMAT") is MEMORY.TORCH_PRESERVE_FORMAT
+    with pytest.raises(pickle.UnpicklingError, match="does not belong"):
+        read(torch.Size, "numel")
 
 
 def test_evaluating_shards_is_refused_with_the_way_out(tmp_path):

@@ -81,10 +81,10 @@ _BREAK = re.compile(r"\r?\n[ \t]*")  # a line end inside a key
 
 _NAME = r"(?:\s+[A-Z0-9]+){0,4}?\s+PRIVATE\s+KEY(?:\s+BLOCK)?-----"
 _BEGIN, _END = re.compile("-----BEGIN" + _NAME), re.compile("-----END" + _NAME)
-_GAP = r"""(?:[\s>|"',-]|\\[nr])*+"""  # between lines of a key: quoting, diff marks, escaped line ends
-_LINE = (r"(?:(?:Proc-Type|DEK-Info|Version|Comment|Hash|Charset):[^\n]*+|[A-Za-z0-9+/]{16,}+={0,2}|"
-         r"[A-Za-z0-9+/]{1,15}={1,2})")
-_CUT_BODY = re.compile(f"(?:{_GAP}{_LINE})++(?:{_GAP}(?=[a-z]*[A-Z0-9+/])[A-Za-z0-9+/]{{1,15}}(?=\\s*\\Z))?+")
+_GAP = r"""(?:[\s>|"',-]|\\[nr])*"""  # between lines of a key: quoting, diff marks, escaped line ends
+_LINE = (r"(?:(?:Proc-Type|DEK-Info|Version|Comment|Hash|Charset):[^\n]*+|[A-Za-z0-9+/]{16,}+={0,2}+|"
+         r"[A-Za-z0-9+/]{1,15}+={1,2}+)")  # groups are never possessive: before Python 3.11.5 they match wrongly
+_CUT_BODY = re.compile(f"(?:{_GAP}{_LINE})+(?:{_GAP}(?=[a-z]*[A-Z0-9+/])[A-Za-z0-9+/]{{1,15}}(?=\\s*\\Z))?")
 _TAIL_LINE = re.compile(r"[\s>|\"',-]*[A-Za-z0-9+/=]{16,}[\s\"',]*")
 _KEY_LIMIT = 64 << 10  # characters; no private key is longer
 
@@ -97,7 +97,7 @@ _CONTEXT = [  # kind, pattern whose group is the secret, what it has to look lik
      lambda v: True),
     ("Azure client secret", re.compile(_NOT_IN_WORD + r"([\w~.-]{3}\dQ~[\w~.-]{31,34})(?![\w~-])"),
      lambda v: True),
-    ("private key", re.compile(r"Private-Lines: \d+(?:\\[rn]|\s)+((?:[A-Za-z0-9+/]{20,}+={0,2}(?:\r?\n|\\n)?+)++)"),
+    ("private key", re.compile(r"Private-Lines: \d+(?:\\[rn]|\s)+((?:[A-Za-z0-9+/]{20,}+={0,2}+(?:\r?\n|\\n)?)+)"),
      lambda v: True),  # PuTTY's form
     ("signature in a URL", re.compile(r"[?&](?:sig|[Ss]ignature)=([\w%+/=-]{40,512})"), lambda v: _random(v)),
     ("bearer token", re.compile(r"(?i)\bbearer\s+([\w+/=.~-]{16,512})"), lambda v: _random(v)),

@@ -11,6 +11,7 @@ import os
 import pickle
 import warnings
 from copy import deepcopy
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -175,6 +176,13 @@ def trained(model: LossModel) -> dict[str, nn.Parameter]:
 
 # ---- load
 
+def _member(of: object, name: str) -> Enum:
+    """A member of an enumeration, which Python 3.11.0 to 3.11.3 pickle as getattr(class, name)."""
+    if not (isinstance(of, type) and issubclass(of, Enum)):
+        raise pickle.UnpicklingError(f"getattr of {of!r} does not belong into a checkpoint")
+    return of[name]
+
+
 class Unpickler(pickle.Unpickler):
     """Of the table of contents of a checkpoint, which is a pickle: nothing but its own plain classes is made."""
 
@@ -184,7 +192,7 @@ class Unpickler(pickle.Unpickler):
             return found
         known = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
                  ("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-                 ("pathlib", "PosixPath"): Path, ("pathlib", "Path"): Path}
+                 ("pathlib", "PosixPath"): Path, ("pathlib", "Path"): Path, ("builtins", "getattr"): _member}
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) not in known:
