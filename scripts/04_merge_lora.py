@@ -64,8 +64,7 @@ def main(argv: list[str]) -> int:
     dtype = saved_dtype(model.config, config.merge_dtype)
     found = merge_and_save(model.float(), chat, output, dtype, prompts(run, chat))
     print(f"{output}: merged model ({found['dtype']}); largest logit difference to the adapter {found['fp32']:.1e} in "
-          f"fp32, "
-          f"{found['saved']:.1e} as saved")
+          f"fp32, {found['saved']:.1e} as saved, of logits up to {found['largest']:.0f}")
     if repo:
         file, again = run / "README.md", shlex.join(["python", "scripts/04_merge_lora.py", *argv, *(
             [] if config.overwrite_output_dir else ["--overwrite_output_dir"])])

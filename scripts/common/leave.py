@@ -111,8 +111,8 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
         model = load_model(str(run.directory)) if config.load_in_4bit else run.loss_model.model
         merged = merge_and_save(model, chat, run.directory / "merged", dtype, samples)
         run.say(f"merged model: {run.directory / 'merged'}; largest logit difference to the adapter "
-                f"{merged['fp32']:.1e} in "
-                f"fp32, {merged['saved']:.1e} as saved ({merged['dtype']})")
+                f"{merged['fp32']:.1e} in fp32, {merged['saved']:.1e} as saved ({merged['dtype']}), of logits up to "
+                f"{merged['largest']:.0f}")
     atomic_write(run.directory / "README.md", model_card(run.directory, state, chat, merged))
     atomic_write(run.directory / "Modelfile", modelfile(chat, config.system_prompt))
     report(run, chat, material)

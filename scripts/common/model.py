@@ -24,7 +24,7 @@ from common.hub import local_model
 if TYPE_CHECKING:
     from common.settings import SftConfig
 
-MERGE_TOLERANCE = 1e-5  # largest logit difference of merged and adapter model in fp32
+MERGE_TOLERANCE = 1e-5  # difference of merged and adapter logits in fp32, as a share of the largest logit
 SPARE_ROWS = 1024  # embeddings are padded to multiples of 64 to 512; more unused rows mean another tokenizer
 
 
@@ -262,14 +262,15 @@ def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.d
     """Merge an adapter into its base and save it, stand-alone, in `dtype`; `model` is used up.
 
     The merge is done and compared in fp32 on `samples` (token ids), then reloaded from disk and compared again.
-    Returns the largest logit differences {"fp32", "saved"}; raises UserError beyond MERGE_TOLERANCE in fp32.
+    Returns the largest logit differences {"fp32", "saved"} and the largest logit; raises UserError beyond
+    MERGE_TOLERANCE in fp32.
     """
     model.eval()
     before = _logits(model, samples)
     merged = model.merge_and_unload()
     fp32 = _largest_difference(before, _logits(merged, samples))
-    scale = max(1.0, max(float(x.abs().max()) for x in before))
-    if fp32 > MERGE_TOLERANCE * scale:
+    largest = max(float(x.abs().max()) for x in before)
+    if fp32 > MERGE_TOLERANCE * max(1.0, largest):
         raise UserError(f"{directory}: merged and adapter logits differ by {fp32:.1e} in fp32, more than "
                         f"{MERGE_TOLERANCE:g} "
                         f"of their size. The adapter is kept; please report the model and LoRA settings.")
@@ -280,7 +281,8 @@ def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.d
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(work, directory)
     saved = load_model(str(directory)).eval()
-    return {"fp32": fp32, "saved": _largest_difference(before, _logits(saved, samples)), "dtype": str(dtype)[6:]}
+    return {"fp32": fp32, "saved": _largest_difference(before, _logits(saved, samples)), "largest": largest,
+            "dtype": str(dtype)[6:]}
 
 
 @torch.no_grad()
