@@ -44,9 +44,22 @@ import json
 import sys
 
 found = json.load(open(sys.argv[1], encoding="utf-8"))
-print("\nexact match            held-out prompts   words of no row")
-for name, numbers in (("fine-tuned", found), ("base", found["baseline"]), ("best rule, no model", found["majority"])):
-    print(f"{name:<22} {numbers['exact_match']:>16.3f}   {numbers['exact_match_new_words']:>15.3f}")
-print(f"answers that ended     {found['stopped']:>16.3f}   {found['stopped_new_words']:>15.3f}")
+
+
+def cells(measure, sets):
+    """A measure of each set with its 95 % interval."""
+    return [f"{of[measure]:.3f} [{of['intervals'][measure][0]:.3f} {of['intervals'][measure][1]:.3f}]" for of in sets]
+
+
+tuned = [found["datasets"][name] for name in ("heldout", "new_words")]
+base, rule = [of["baseline"] for of in tuned], found["majority"]
+rows = {"in brackets 95 % intervals": ["held-out prompts", "words of no row"],
+        "exact match, fine-tuned": cells("exact_match", tuned),
+        "exact match, base": cells("exact_match", base),
+        "exact match, best rule": [f"{rule[key]:.3f}" for key in ("exact_match", "exact_match_new_words")],
+        "answers that ended": cells("stopped", tuned)}
+print()
+for name, (held_out, new_words) in rows.items():
+    print(f"{name:<28}{held_out:>22}{new_words:>22}")
 TABLE
-printf '\nModel: %s   Results: %s/eval (report.html, samples.jsonl)\nMore of its answers: python scripts/06_eval_sft.py --gen_only\n' "$run" "$run"
+printf '\nModel: %s   Report: %s/eval/report.html\nMore of its answers: python scripts/06_eval_sft.py --gen_only\n' "$run" "$run"
