@@ -12,7 +12,7 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Collection
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,10 +69,15 @@ def _cut(text: str) -> list[str]:
 
 
 class _Numbers(dict):
-    """Word -> its number, in the order of first meeting."""
+    """Word -> its number, in the order of first meeting. new: words met since it was last emptied."""
+
+    def __init__(self) -> None:
+        super().__init__({"": 0})  # as a text "" has no ids; as a word it is a lone space
+        self.new: list[str] = []
 
     def __missing__(self, word: str) -> int:
         number = self[word] = len(self)
+        self.new.append(word)
         return number
 
 
@@ -85,7 +90,7 @@ class Words:
         self._forget()
 
     def _forget(self) -> None:
-        self.numbers, self.size = _Numbers({"": 0}), 0  # as a text "" has no ids; as a word it is a lone space
+        self.numbers, self.size = _Numbers(), 0
         self.ids, self.starts = array("i", [self._space]), array("q", [0, 1])
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -93,10 +98,9 @@ class Words:
         if self.size > REMEMBERED:
             self._forget()
         words = [_cut(text.replace(SPACE, " ")) if text else [] for text in texts]
-        known = len(self.numbers)
         found = map(self.numbers.__getitem__, chain.from_iterable(words))
         numbers = np.fromiter(found, np.int64, sum(map(len, words)))
-        self._learn(list(islice(self.numbers, known, None)))
+        self._learn(self.numbers.new)
         all_starts = np.frombuffer(self.starts, np.int64)
         starts = all_starts[numbers]
         lengths = all_starts[numbers + 1] - starts
@@ -114,3 +118,4 @@ class Words:
             self.starts.extend((self.starts[-1] + np.cumsum([*map(len, found)])).tolist())
             self.ids.frombytes(np.concatenate(found).tobytes())
             self.size += sum(map(len, new))
+            new.clear()
