@@ -104,13 +104,26 @@ def test_head_loss_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch)
     targets = torch.randint(0, 50, (301,))
     expected = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
     wanted = torch.autograd.grad(expected, (hidden, weight))
-    for elements in (1, 50 * 100, 10**9):
-        monkeypatch.setattr("common.loss.CHUNK_ELEMENTS", elements)
+    for size in (1, 4 * 50 * 100, 10**9):
+        monkeypatch.setattr("common.loss.CHUNK_BYTES", size)
         loss = HeadLoss.apply(hidden, weight, None, targets, torch.float32)
         found = torch.autograd.grad(loss, (hidden, weight))
         torch.testing.assert_close(loss.item(), expected.item(), rtol=1e-6, atol=0)
         for a, b in zip(found, wanted):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_that_the_model_all_but_excludes_has_its_true_loss(dtype: torch.dtype) -> None:
+    """Bug: the probability of a very unlikely target is 0 in fp32, and its loss infinite."""
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], requires_grad=True)
+    weight = torch.tensor([[512.0, 1.0], [0.0, 0.0], [-256.0, 2.0]])
+    targets = torch.tensor([2, 0, 1])
+    loss = HeadLoss.apply(hidden, weight, None, targets, dtype)
+    true = F.cross_entropy(hidden.double() @ weight.double().t(), targets, reduction="sum")
+    assert true > 1000
+    torch.testing.assert_close(loss, true, rtol=1e-3 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
 
 
 def test_no_targets_give_zero_loss_and_zero_gradients() -> None:

@@ -20,8 +20,9 @@ from common.attention import PACKED
 from common.chat import Encoded
 from common.faults import UserError
 
-CHUNK_ELEMENTS = 2**24  # logits that exist at a time (64 MiB in fp32): large enough for full GEMM speed
-BLOCK_ELEMENTS = 2**19  # logits whose exponentials are taken at a time on CPU (2 MiB in fp32)
+CHUNK_BYTES = 2**26  # logits that exist at a time: enough for full GEMM speed, and for a row of 1,024 at 32k in bf16
+BLOCK_ELEMENTS = 2**19  # logits whose softmax is taken at a time on CPU (2 MiB in fp32)
+SMALL_SHARE = 1e-30  # below it fp32 loses digits of a probability: its logarithm is taken from the logits
 
 
 @dataclass
@@ -86,10 +87,9 @@ class HeadLoss(torch.autograd.Function):
     """Sum of cross entropies of hidden states against a vocabulary matrix, chunk by chunk; the gradient is computed in
     the forward pass, so no logits are kept (the idea of Liger-Kernel's fused linear cross entropy, arXiv:2410.10989).
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> float64 scalar. GEMMs run in `dtype`; exponentials
-    and sums in fp32 and fp64. With e = exp(logits - largest) and s = sum(e), the gradient of the logits is
-    e / s - onehot(target). Only e is ever written out: 1 / s and the target are applied to the products with it, which
-    are V / H times smaller.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> float64 scalar. GEMMs run in `dtype`, the softmax
+    in fp32, the sum in fp64. The gradient of the logits is softmax - onehot(target); the target is taken off the
+    products with it, which are V / H times smaller.
     """
 
     @staticmethod
@@ -98,25 +98,19 @@ class HeadLoss(torch.autograd.Function):
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         matrix = weight.detach().to(dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if need_h else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_w else None
-        d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_b else None
-        chunk = max(64, CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, len(targets), chunk):
-            part, wanted = hidden[start:start + chunk].detach().to(dtype), targets[start:start + chunk]
+        d_hidden, d_weight, d_bias = torch.empty_like(hidden) if need_h else None, None, None
+        for start, end in _chunks(len(targets), len(weight), dtype):
+            part, wanted = hidden[start:end].detach().to(dtype), targets[start:end]
             logits = part @ matrix.t() if bias is None else _logits(part, matrix, bias)  # (chunk, V)
-            right = logits.gather(1, wanted[:, None]).float()
-            largest, sums = _exponentials(logits)  # logits hold e from here on
-            total += (sums.log() + largest - right).sum(dtype=torch.float64)
-            share = sums.reciprocal()  # (chunk, 1)
+            total += _to_shares(logits, wanted).sum(dtype=torch.float64)
+            shares = logits.to(dtype)
             if need_b:
-                d_bias += (logits.t() @ share.to(logits.dtype))[:, 0].float()
-                d_bias.index_add_(0, wanted, torch.full_like(share[:, 0], -1))
-            logits = logits.to(dtype)
+                d_bias = _sum(d_bias, shares.sum(0, dtype=torch.float32))
+                d_bias.index_add_(0, wanted, torch.full(wanted.shape, -1.0, device=wanted.device))
             if need_h:
-                d_hidden[start:start + chunk] = (logits @ matrix) * share - matrix[wanted]
+                d_hidden[start:end] = shares @ matrix - matrix[wanted]
             if need_w:
-                d_weight += logits.t() @ (part * share).to(dtype)
+                d_weight = _sum(d_weight, shares.t() @ part)
                 d_weight.index_add_(0, wanted, part.float(), alpha=-1)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.weight_dtype = weight.dtype
@@ -124,25 +118,43 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: torch.Tensor) -> tuple:
-        scale = lambda d, dtype: None if d is None else d.mul(grad.to(d.dtype)).to(dtype)
+        # in place: nobody else has them, and a second pass over the same graph is refused by autograd
+        scale = lambda d, dtype: None if d is None else d.mul_(grad.to(d.dtype)).to(dtype)
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         return (scale(d_hidden, d_hidden.dtype if d_hidden is not None else None), scale(d_weight, ctx.weight_dtype),
                 scale(d_bias, ctx.weight_dtype), None, None)
 
 
-def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace logits (N, V) by exp(logits - largest of the row); return the largest and the sums of the rows, fp32
-    (N, 1)."""
-    largest = logits.amax(1, keepdim=True).float()
-    sums = torch.empty_like(largest)
+def _chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Where chunks of equal size begin and end, such that the logits of one take at most CHUNK_BYTES. No rows are one
+    empty chunk."""
+    most = max(64, CHUNK_BYTES // (vocabulary * dtype.itemsize))
+    size = -(-rows // max(1, -(-rows // most)))
+    return [(start, min(start + size, rows)) for start in range(0, max(1, rows), max(1, size))]
+
+
+def _to_shares(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Replace logits (N, V) by their softmax; return the losses in nats, fp32 (N,)."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     # on CPU so many rows at a time that their fp32 copy stays in the second-level cache
     block = len(logits) if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
     for start in range(0, len(logits), block):
         rows = slice(start, start + block)
-        exponentials = torch.sub(logits[rows], largest[rows]).exp_()
-        torch.sum(exponentials, 1, keepdim=True, out=sums[rows])
-        logits[rows] = exponentials
-    return largest, sums
+        own, wanted = logits[rows], targets[rows, None]
+        shares = torch.softmax(own, 1, dtype=torch.float32)
+        chosen = shares.gather(1, wanted)[:, 0]
+        if logits.is_cuda or chosen.min() < SMALL_SHARE:  # (a look at a number would make the GPU wait)
+            nats = own.amax(1).float() - shares.amax(1).log() - own.gather(1, wanted)[:, 0].float()
+        else:
+            nats = -chosen.log()
+        losses[rows] = nats
+        logits[rows] = shares
+    return losses
+
+
+def _sum(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
+    """total + more in fp32, in place where there is a total."""
+    return more.float() if total is None else total.add_(more)
 
 
 def _logits(hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -198,14 +210,13 @@ class LossModel(nn.Module):
         weight, bias, dtype = (None, None, None) if self.plain_head else self._head(states)
         with torch.autocast(states.device.type, enabled=False):
             matrix = None if weight is None else weight.to(dtype)
-            chunk = max(64, CHUNK_ELEMENTS // (states.shape[1] if matrix is None else matrix.shape[0]))
-            for start in range(0, len(batch.targets), chunk):
-                part, wanted = states[start:start + chunk], batch.targets[start:start + chunk]
+            vocabulary = states.shape[1] if matrix is None else len(matrix)
+            for start, end in _chunks(len(batch.targets), vocabulary, torch.float32):
+                part, wanted = states[start:end], batch.targets[start:end]
                 logits = part.float() if matrix is None else _logits(part.to(dtype), matrix, bias)
                 losses.append(F.cross_entropy(logits, wanted, reduction="none"))
                 hits.append(logits.argmax(1) == wanted)
-        empty = states.new_zeros(0)
-        return torch.cat([empty.float(), *losses]), torch.cat([empty.bool(), *hits])
+        return torch.cat(losses), torch.cat(hits)
 
     def _segments_of(self, bounds: torch.Tensor, longest: int) -> dict:
         if self.attention not in (PACKED, "flash_attention_2"):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-CHUNK_ELEMENTS = 2**24  # logits at a time, as in loss.py
+CHUNK_BYTES = 2**26  # logits at a time, as in loss.py
 # (LoRA, bf16) -> bytes a token and layer keeps: a * hidden + b * inner
 KEPT = {(False, False): (44, 16), (False, True): (36, 8), (True, False): (72, 20), (True, True): (52, 12)}
 LIBRARIES = 250 << 20  # bytes that come with training: code of libraries, the probe of the attention path, evaluation
@@ -89,7 +89,7 @@ def needed(shape: Shape, *, lora_r: int | None, tokens: int, bf16: bool, checkpo
         activations = SLACK[lora] * shape.layers * kept + copies
     gathered = 2 * 4 * (shape.layer + 2 * shape.hidden) if sharded else 0
     size = 2 if bf16 else 4
-    logits = min(tokens, max(64, CHUNK_ELEMENTS // shape.vocabulary)) * shape.vocabulary
+    logits = min(tokens, max(64, CHUNK_BYTES // (size * shape.vocabulary))) * shape.vocabulary
     head = 2 * size * logits + shape.vocabulary * shape.hidden * ((2 if bf16 else 0) + (0 if lora else 4))
     return {"weights": weights, "gradients": gradients, "optimizer": states + 2 * 4 * largest // share,
             "activations": int(activations) + gathered, "head": head, "libraries": LIBRARIES}
