@@ -126,6 +126,34 @@ def test_a_target_that_the_model_all_but_excludes_has_its_true_loss(dtype: torch
     assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}])
+def test_the_last_layer_sees_only_trained_positions(changes: dict) -> None:
+    """Bug: the last layer is computed everywhere (or, the tests of equality passing, nowhere it matters)."""
+    model, seen = llama(**changes), {}
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        module = model.model.layers[-1].get_submodule(name)
+        module.register_forward_hook(lambda _, inputs, __, name=name: seen.update({name: inputs[0].shape[:-1].numel()}))
+    loss, gradients = reference(model, EXAMPLES)
+    found, found_gradients = packed(model, PACKED, [EXAMPLES[:2], EXAMPLES[2:]])
+    trained = sum(int(e.trained.sum()) for e in EXAMPLES)
+    assert seen.pop("self_attn.k_proj") == 2 * 26 and set(seen.values()) == {trained}
+    assert abs(found - loss) <= 1e-6 * loss and distance(gradients, found_gradients) <= 1e-5
+    model.set_attn_implementation("sdpa")
+    model(input_ids=torch.ones(1, 9, dtype=torch.int64))  # on its own it is as it was
+    assert set(seen.values()) == {9}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_attention_by_blocks_equals_eager(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a block sees keys after its queries, or the last, shorter block loses its gradient."""
+    monkeypatch.setattr("common.attention.BLOCK", 4)
+    monkeypatch.setattr("common.attention.LONGEST_KEPT", 14)  # the longest goes another way
+    model = llama(num_key_value_heads=kv_heads)
+    loss, gradients = reference(model, EXAMPLES)
+    found, found_gradients = packed(model, PACKED, [EXAMPLES])
+    assert abs(found - loss) <= 1e-6 * loss and distance(gradients, found_gradients) <= 1e-5
+
+
 def test_no_targets_give_zero_loss_and_zero_gradients() -> None:
     """Bug: a rank without rows gives NaN, or skips the backward pass and hangs the others."""
     model = llama()
@@ -161,9 +189,11 @@ def test_sliding_window_models_keep_their_window(window: int) -> None:
 @pytest.mark.parametrize("kind, changes, plain", [
     ("llama", {}, False), ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, False),
     ("cohere", {"logit_scale": 0.25}, True), ("gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}, True),
-    ("granite", {"logits_scaling": 8.0}, True), ("qwen2", {}, False)])
+    ("granite", {"logits_scaling": 8.0}, True), ("qwen2", {}, False), ("qwen3", {"head_dim": 8}, False),
+    ("mixtral", {"num_local_experts": 4}, False), ("phi3", {}, False), ("glm4", {"head_dim": 8}, False)])
 def test_choose_attention_proves_itself_on_other_architectures(kind: str, changes: dict, plain: bool) -> None:
-    """Bug: a head with scaling or soft-capping is trained as if it were a plain matrix."""
+    """Bug: a head with scaling or soft-capping is trained as if it were a plain matrix; a last layer of another form
+    than Llama's is computed at some positions only."""
     torch.manual_seed(0)
     settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3,
@@ -175,6 +205,11 @@ def test_choose_attention_proves_itself_on_other_architectures(kind: str, change
     found = loss_model.eval().token_losses(make_batch([EXAMPLES], 0))[0].numpy()
     model.set_attn_implementation("eager")
     np.testing.assert_allclose(found, np.concatenate(reference_losses(model, EXAMPLES)), rtol=1e-4, atol=1e-4)
+    _, gradients = reference(model, EXAMPLES)
+    model.set_attn_implementation(loss_model.attention)
+    model.zero_grad()
+    loss_model(**batch_inputs(make_batch([EXAMPLES], 0))).backward()
+    assert distance(gradients, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}) <= 1e-4
 
 
 def test_a_model_that_cannot_keep_examples_apart_is_refused_for_packing() -> None:

@@ -8,8 +8,10 @@ told the segments' bounds (our own, flash-attn) or finds them in the positions (
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -162,6 +164,51 @@ def _logits(hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | Non
     return logits if bias is None else logits.add_(bias.detach().float())
 
 
+class LastLayer:
+    """What follows the keys and values of the last layer, computed only at the positions whose hidden state is wanted:
+    nothing else reads the others. Its modules that treat each position by itself are given those positions alone, and
+    their output is 0 elsewhere.
+    """
+
+    def __init__(self, model: nn.Module):
+        layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), [None])
+        found = (reduce(lambda part, name: getattr(part, name, None), path, layers[-1])
+                 for path in (("self_attn", "q_proj"), ("self_attn", "o_proj"), ("mlp",)))
+        self.modules = [module for module in found if module is not None and _arguments(module) == 1]
+        self.wanted: tuple[torch.Tensor, torch.Size] | None = None  # positions in the flattened (B, T), and that shape
+        for module in self.modules:
+            module.register_forward_pre_hook(self._take)
+            module.register_forward_hook(self._put)
+
+    @contextmanager
+    def only(self, positions: torch.Tensor, shape: torch.Size) -> Iterator[None]:
+        self.wanted = positions, shape
+        try:
+            yield
+        finally:
+            self.wanted = None
+
+    def _take(self, _: nn.Module, inputs: tuple) -> tuple | None:
+        """(B, T, H) -> (1, N, H)"""
+        if self.wanted is None:
+            return None
+        return inputs[0].flatten(0, 1).index_select(0, self.wanted[0])[None], *inputs[1:]
+
+    def _put(self, _: nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """(1, N, H) -> (B, T, H)"""
+        if self.wanted is None:
+            return None
+        positions, shape = self.wanted
+        whole = output.new_zeros(shape.numel(), output.shape[-1])
+        return whole.index_copy(0, positions, output[0]).unflatten(0, shape)
+
+
+def _arguments(module: nn.Module) -> int:
+    """The number of arguments that a module's forward must be given."""
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+               for p in inspect.signature(module.forward).parameters.values())
+
+
 class LossModel(nn.Module):
     """A causal language model whose forward is the loss: accelerate, DDP and FSDP wrap this, so their hooks all run.
 
@@ -172,7 +219,9 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = model
         self.attention = attention
-        self.plain_head = False  # set where the head does more than a product with its matrix (`prove_loss`)
+        self.plain_head = False  # set where the head does more than a product with its matrix (`choose_attention`)
+        self.last_layer = LastLayer(self.causal_lm.base_model)
+        self.whole_layers = False  # set where the last layer is not one of the known form (`choose_attention`)
         self.takes_positions = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
         self.noisy = bool(neftune_noise_alpha)
         if self.noisy:
@@ -229,8 +278,11 @@ class LossModel(nn.Module):
     def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
                 bounds: torch.Tensor, longest: int) -> torch.Tensor:
         """Last hidden states at `positions`, (N, H)."""
-        states = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **self._places(position_ids),
-                                           **self._segments_of(bounds, longest)).last_hidden_state
+        # with gradient checkpointing a layer is computed again later, outside this block
+        whole = self.whole_layers or getattr(self.causal_lm, "is_gradient_checkpointing", False)
+        with nullcontext() if whole else self.last_layer.only(positions, input_ids.shape):
+            states = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **self._places(position_ids),
+                                               **self._segments_of(bounds, longest)).last_hidden_state
         return states.reshape(-1, states.shape[-1]).index_select(0, positions)
 
     def _head(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.dtype]:
@@ -309,15 +361,16 @@ def choose_attention(loss_model: LossModel, examples: list[Encoded], pad_id: int
             lines.append(f"attention {name}: not available ({str(fault).splitlines()[0]})")
             continue
         loss_model.attention = name
-        for plain in (False, True):
-            loss_model.plain_head = plain
+        for plain, whole in ((False, False), (False, True), (True, True)):
+            loss_model.plain_head, loss_model.whole_layers = plain, whole
             found = loss_model.token_losses(batch)[0].cpu().numpy()
             apart = np.abs(found - reference) if len(found) else np.zeros(1)
             difference = float(apart.max())
             # half precision: two right paths differ by a rounding of a logit (up to 0.125 at 16 to 32) on single tokens
             if difference <= 1e-3 or (half and difference <= 0.3 and apart.mean() <= 0.03):
-                head = "its own forward" if plain else "trained positions only"
-                lines.append(f"attention {_spoken(name)}, head at {head}: {len(examples)} examples packed and apart "
+                head = "head at its own forward" if plain else (
+                    "head" if whole else "head and last layer") + " at trained positions only"
+                lines.append(f"attention {_spoken(name)}, {head}: {len(examples)} examples packed and apart "
                              f"differ "
                              f"by at most {difference:.1e} nats a token")
                 loss_model.train(was_training)
