@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,52 @@ def test_bf16(bench, whole, tmp_path):
     found, expected = losses(tmp_path / "run"), losses(whole(*FULL))
     assert found == pytest.approx(expected, abs=0.03) and found != expected
     assert all(round(loss, 3) != loss for loss in found)
+
+
+def count_whole(directory: Path) -> None:
+    """A patch: each process notes the bytes of weights it holds before they are cut, and ends."""
+    def prepare(_: object, model: object, __: object) -> None:
+        held = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+        (directory / os.environ["RANK"]).write_text(str(held))
+        os._exit(0)
+
+    import common.run
+
+    fsdp()
+    common.run.prepare = prepare
+
+
+@pytest.mark.parametrize("flags", [FULL, (*LORA, "--modules_to_save", "lm_head")], ids=["full", "lora"])
+def test_one_process_holds_the_whole_model(bench, tmp_path, flags):
+    """Eight copies of 140 GB in the memory of one machine."""
+    said = go(bench, tmp_path / "run", *flags, ranks=2, patch=lambda: count_whole(tmp_path)).output
+    whole = sum(t.nbytes for t in weights(Path(bench.base)).values())
+    held = [int((tmp_path / rank).read_text()) for rank in "01"]
+    assert held[0] >= whole and held[1] < whole / 2 and "every process loads" not in said  # rank 1: its adapters
+
+
+def test_what_cannot_be_built_without_weights_is_loaded_by_all(bench, whole, tmp_path):
+    """The configuration ties two matrices that differ in the file: one process trains both, the other thinks of one."""
+    from conftest import make_llama
+
+    size = json.loads(Path(bench.base, "config.json").read_text())["vocab_size"]
+    base = Path(make_llama(tmp_path / "base", size, tied=False))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    flags = (*FULL, "--model_path", base, "--prompt_template", "instruct")
+    said = go(bench, tmp_path / "run", *flags, *TWO, ranks=2, patch=fsdp).output
+    assert said.count("every process loads the whole model") == 1
+    go(bench, tmp_path / "one", *flags, *ONE)
+    assert_equal_runs(tmp_path / "run", tmp_path / "one")
+
+
+def test_weights_that_cannot_be_read_end_all_with_one_sentence(bench, tmp_path):
+    """The others wait for weights that never come."""
+    base = tmp_path / "base"
+    shutil.copytree(bench.base, base)
+    os.truncate(base / "model.safetensors", 20_000)
+    said = go(bench, tmp_path / "run", *FULL, "--model_path", base, ranks=2, patch=fsdp, code=2).output
+    assert said.count("the model cannot be loaded") == 1 and "Traceback" not in said
 
 
 # ---- shards

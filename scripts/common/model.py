@@ -99,15 +99,19 @@ def model_config(path: str) -> object:
 
 
 def load_model(path: str, *, dtype: torch.dtype | str = torch.float32, trainable_adapter: bool = False,
-               in_4bit: bool = False) -> nn.Module:
+               in_4bit: bool = False, empty: bool = False) -> nn.Module:
     """Load a full or merged model, or a base with its adapter. Weights come from safetensors only; no remote code runs.
 
     A trained checkpoint may be bf16; `dtype` is what it is held in here (trained weights must be fp32). in_4bit: hold
-    the base's matrices as NF4 (QLoRA, arXiv:2305.14314).
+    the base's matrices as NF4 (QLoRA, arXiv:2305.14314). empty: on the meta device, its base without weights.
     """
     place = find_model(path)
     options = {"quantization_config": _four_bits()} if in_4bit else {}
-    model = _from_pretrained(AutoModelForCausalLM, place.base, dtype=dtype, use_safetensors=True, **options)
+    if empty:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config(place.base), dtype=dtype).eval()
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, place.base, dtype=dtype, use_safetensors=True, **options)
     if in_4bit:
         for module in model.modules():
             # bitsandbytes 0.50 packs a layer for inference at the first forward in eval mode on CPUs with AVX512-BF16,
@@ -192,7 +196,7 @@ def add_tokens(model: PreTrainedModel, chat: Chat, seed: int) -> tuple[list[int]
     with torch.no_grad():
         for table in tables:
             rows = table[:known].float()
-            noise = torch.randn(len(ids), table.shape[1], generator=generator)
+            noise = torch.randn(len(ids), table.shape[1], generator=generator).to(table.device)
             table[ids] = (rows.mean(0) + noise * rows.std(0)).to(table.dtype)
         if grow and getattr(head, "bias", None) is not None:
             head.bias[ids] = head.bias[:known].mean()

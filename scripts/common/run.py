@@ -41,7 +41,15 @@ from common.model import (
 from common.ranks import Watch, on_main, start_processes
 from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes
 from common.settings import SftConfig
-from common.sharded import has_shards, is_sharded, prepare, read_shards, spread_optimizer, write_shards
+from common.sharded import (
+    has_shards,
+    is_sharded,
+    prepare,
+    read_shards,
+    spread_optimizer,
+    whole_on_main,
+    write_shards,
+)
 from common.train import StepResult, evaluation_rows, make_optimizer
 
 
@@ -176,15 +184,46 @@ def check_unchanged(run: Run, new: dict, opened: Opened) -> None:
 def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None = None) -> None:
     """Load the base model, add tokens and LoRA, make the optimizer, choose and prove the attention path; go on from
     `checkpoint` if there is one."""
-    config, accelerator = run.config, run.accelerator
-    source = config.at(config.source)
-    run.export_dtype = saved_dtype(model_config(source), None)
-    adapter = find_model(source).adapter is not None
-    if adapter and config.use_lora:
-        run.say(*continued_adapter(config, find_model(source).adapter))
+    config, accelerator, sharded = run.config, run.accelerator, is_sharded(run.accelerator)
+    base = model_config(config.at(config.source))
+    run.export_dtype = saved_dtype(base, None)
     # tokens are added to whole weights; a base whose embeddings grow is loaded in 4 bits afterwards
-    grows = len(chat.tokenizer) > model_config(source).get_text_config().vocab_size
-    model = load_model(source, trainable_adapter=config.use_lora, in_4bit=config.load_in_4bit and not grows)
+    grows = len(chat.tokenizer) > base.get_text_config().vocab_size
+    if sharded:  # no device may hold it whole: it stays where it is until each process is given its part
+        model = whole_on_main(run, lambda empty: build_model(run, chat, grows, empty))
+    else:
+        model = build_model(run, chat, grows).to(accelerator.device)
+    run.loss_model = LossModel(model, "sdpa", config.neftune_noise_alpha)
+    if config.compile:
+        run.say(compile_layers(run.loss_model.causal_lm))
+    total, trained = count_parameters(model)
+    run.say(f"model {config.source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
+            f"({'LoRA' if config.use_lora else 'full'}), precision {accelerator.mixed_precision}, "
+            f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}")
+    on_main(run.watch, lambda: check_space(run.directory, bytes_to_come(run)))
+    if checkpoint and sharded and not has_shards(checkpoint):
+        on_main(run.watch, lambda: read_weights(run, checkpoint))
+    run.wrapped, run.optimizer = prepare(accelerator, run.loss_model, make_optimizer(run.loss_model, config))
+    probe = sorted((e for row in material.plan.step_rows(0) for e in material.examples(row)),
+                   key=lambda e: len(e.input_ids))[:2]
+    with accelerator.autocast():
+        run.say(*choose_attention(run.loss_model, probe, chat.pad_id, config.attn_implementation, config.packing))
+        run.meter = make_meter(shape_of(base, len(chat.tokenizer)), config.use_lora,
+                               accelerator.device, accelerator.num_processes)
+    run.say(f"peak: {run.meter.peak / 1e9:,.0f} GFLOP/s in matrix products, measured; mfu is the share of it that goes "
+            "into useful work")
+    if checkpoint:
+        restore(run, checkpoint)
+
+
+def build_model(run: Run, chat: Chat, grows: bool, empty: bool = False) -> nn.Module:
+    """The base with its new tokens and its adapter. empty: without weights, on the meta device."""
+    config, source = run.config, run.config.at(run.config.source)
+    adapter = find_model(source).adapter
+    if adapter and config.use_lora:
+        run.say(*continued_adapter(config, adapter))
+    model = load_model(source, trainable_adapter=config.use_lora, in_4bit=config.load_in_4bit and not grows,
+                       empty=empty)
     if adapter and not config.use_lora:
         model = model.merge_and_unload().requires_grad_(True)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -196,33 +235,11 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
     set_special_ids(causal_lm, chat)
     causal_lm.config.use_cache = True
     if config.use_lora and model is causal_lm:
-        model = _with_adapter(run, model, chat, token_ids, grown)
+        model = _with_adapter(run, model, chat, token_ids, grown, empty)
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         causal_lm.enable_input_require_grads()
-    sharded = is_sharded(accelerator)
-    # a model that no device may hold whole stays where it is until each process has cut out its part
-    run.loss_model = LossModel(model if sharded else model.to(accelerator.device), "sdpa", config.neftune_noise_alpha)
-    if config.compile:
-        run.say(compile_layers(causal_lm if model is causal_lm else model.get_base_model()))
-    total, trained = count_parameters(model)
-    run.say(f"model {config.source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
-            f"({'LoRA' if config.use_lora else 'full'}), precision {accelerator.mixed_precision}, "
-            f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}")
-    on_main(run.watch, lambda: check_space(run.directory, bytes_to_come(run)))
-    if checkpoint and sharded and not has_shards(checkpoint):
-        read_weights(run, checkpoint)
-    run.wrapped, run.optimizer = prepare(accelerator, run.loss_model, make_optimizer(run.loss_model, config))
-    probe = sorted((e for row in material.plan.step_rows(0) for e in material.examples(row)),
-                   key=lambda e: len(e.input_ids))[:2]
-    with accelerator.autocast():
-        run.say(*choose_attention(run.loss_model, probe, chat.pad_id, config.attn_implementation, config.packing))
-        run.meter = make_meter(shape_of(model_config(source), len(chat.tokenizer)), config.use_lora,
-                               accelerator.device, accelerator.num_processes)
-    run.say(f"peak: {run.meter.peak / 1e9:,.0f} GFLOP/s in matrix products, measured; mfu is the share of it that goes "
-            "into useful work")
-    if checkpoint:
-        restore(run, checkpoint)
+    return model
 
 
 def bytes_to_come(run: Run) -> int:
@@ -255,7 +272,8 @@ def continued_adapter(config: SftConfig, adapter: str) -> list[str]:
             f"{found['lora_dropout']:g}"]
 
 
-def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], grown: bool) -> nn.Module:
+def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], grown: bool,
+                  empty: bool) -> nn.Module:
     """Put LoRA on the model; a base whose embeddings grew is written once, so that the adapter loads on it plainly."""
     base = run.directory / "base"
     if grown and run.main and not (base / "config.json").exists():
@@ -263,9 +281,10 @@ def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], 
         save_full(model, work, run.export_dtype)
         chat.save(work)
         os.replace(work, base)
-    run.accelerator.wait_for_everyone()
+    if not is_sharded(run.accelerator):  # there the main process is done with it before the others begin
+        run.accelerator.wait_for_everyone()
     if grown:  # train against what was written: its rows may have been rounded to the base's dtype
-        model = load_model(str(base), in_4bit=run.config.load_in_4bit)
+        model = load_model(str(base), in_4bit=run.config.load_in_4bit, empty=empty)
         set_special_ids(model, chat)
     model = add_lora(model, run.config, token_ids)
     path, named = os.path.abspath(base) if grown else run.config.source, model.peft_config["default"]

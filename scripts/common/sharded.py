@@ -4,12 +4,15 @@
 
 Weights and optimizer state are stored by the name of the parameter, so any number of processes can read them: each
 takes its part, a single one takes all. What a run leaves in the end is written by one process, from a checkpoint.
+
+The main process alone loads the model. The others make its form on the meta device, and each is given its part.
 """
 from __future__ import annotations
 
 import os
 import pickle
 import warnings
+from collections.abc import Callable
 from copy import deepcopy
 from enum import Enum
 from pathlib import Path
@@ -26,6 +29,7 @@ from common.checkpoint import file_facts, fsync_path, no_space
 from common.faults import SaidElsewhere, UserError
 from common.loss import LossModel
 from common.model import find_model, load_model
+from common.ranks import on_main
 from common.settings import SftConfig
 
 if TYPE_CHECKING:
@@ -90,7 +94,7 @@ def prepare(accelerator: Accelerator, loss_model: LossModel, optimizer: torch.op
     """What accelerate makes of model and optimizer: (wrapped model, optimizer)."""
     if not is_sharded(accelerator):
         return accelerator.prepare(loss_model, optimizer)
-    from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, register_fsdp_forward_method
 
     plugin, causal_lm = accelerator.state.fsdp_plugin, loss_model.causal_lm
     loss_model._no_split_modules = causal_lm._no_split_modules  # its layers, which accelerate looks for there
@@ -100,19 +104,98 @@ def prepare(accelerator: Accelerator, loss_model: LossModel, optimizer: torch.op
     # accelerate's own policy would sum gradients in bf16 and round the loss, a float64, to it
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
-    refuse_different_weights(loss_model)
+    names = {p: name for name, p in loss_model.named_parameters()}
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+
+    def point(model: nn.Module) -> None:  # accelerate finds a parameter again by its place in memory: here is none
+        now = dict(model.named_parameters())
+        for group, its_names in zip(optimizer.param_groups, groups):
+            group["params"] = [now[name] for name in its_names]
+
+    home = torch.device("cpu") if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else accelerator.device
+    names, weights = None, take_weights(loss_model)
+    point(loss_model)
     wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
+    give_weights(wrapped, weights, accelerator.device, home)
+    point(wrapped)
     for method in ("token_losses", "whole_logits"):  # the weights are gathered for these as for the forward pass
         register_fsdp_forward_method(wrapped, method)
     return wrapped, optimizer
 
 
-def refuse_different_weights(model: nn.Module) -> None:
-    """Every process cuts its part from its own copy of the model: they must be equal. No reason is known why not."""
-    sums = [float(p.detach().sum(dtype=torch.float64)) for p in model.parameters() if p.requires_grad]
-    everyone = gather(sums)
-    if any(other != everyone[0] for other in everyone):
-        raise RuntimeError("FSDP: the processes begin with different weights")
+# ---- one process loads, all get their part
+
+def whole_on_main(run: Run, build: Callable[[bool], nn.Module]) -> nn.Module:
+    """build(False) of the main process; in the others build(True), the same model with its weights on the meta device.
+
+    Buffers (rotary tables) are real everywhere, those of the main process. What cannot be built like that (weights
+    that are tied or not by what the file holds, say) is built whole everywhere, and a line says so.
+    """
+    built = []
+
+    def first() -> tuple[list, dict[str, torch.Tensor]]:
+        built.append(build(False))
+        return form(built[0]), dict(built[0].named_buffers())
+
+    expected, buffers = on_main(run.watch, first)
+    other = None
+    if not built:
+        try:
+            built.append(build(True))
+            for name, buffer in buffers.items():
+                module, _, leaf = name.rpartition(".")
+                built[0].get_submodule(module)._buffers[leaf] = buffer
+            other = None if form(built[0]) == expected else "its weights differ in form"
+        except Exception as fault:  # the main process could: the meta device is what could not
+            other = f"{type(fault).__name__}: {str(fault):.200}"
+    if reason := next(filter(None, gather(other)), None):
+        run.say(f"every process loads the whole model before it keeps its part: it cannot be built without weights "
+                f"({reason})")
+        if not run.main:
+            built = [build(False)]
+            if form(built[0]) != expected:
+                raise RuntimeError("FSDP: the processes load different models")
+    return built[0]
+
+
+def form(model: nn.Module) -> list[tuple]:
+    """All about weights and buffers but their values; a tied weight is the first of its name. Without a buffer, or
+    another tensor, that has no values."""
+    first: dict[nn.Parameter, str] = {}
+    weights = [(name, first.setdefault(p, name), tuple(p.shape), p.dtype, p.requires_grad)
+               for name, p in model.named_parameters(remove_duplicate=False)]
+    values = [(f"{prefix}.{name}", tuple(t.shape), t.dtype) for prefix, module in model.named_modules()
+              for name, t in [*module._buffers.items(), *vars(module).items()]
+              if isinstance(t, torch.Tensor) and not t.is_meta]
+    return weights + values
+
+
+def take_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Put all weights on the meta device; what they were, by name, a tied one once."""
+    taken = {name: p for name, p in model.named_parameters()}
+    empty = {p: nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in taken.values()}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = empty[p]
+    return taken
+
+
+@torch.no_grad()
+def give_weights(model: nn.Module, weights: dict[str, torch.Tensor], device: torch.device, home: torch.device) -> None:
+    """Send every weight of rank 0, one at a time and by way of `device`, to all processes, which keep their parts of it
+    on `home`. weights: used up, so that rank 0 does not hold them for longer."""
+    from torch.distributed.tensor import distribute_tensor
+
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    model.to_empty(device=home)
+    for place, values in buffers:
+        place.update(values)
+    for name, p in model.named_parameters():
+        known = weights.pop(name)
+        whole = torch.empty(p.shape, dtype=p.dtype, device=device) if known.is_meta else known.to(device).contiguous()
+        torch.distributed.broadcast(whole, 0)
+        p.to_local().copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local())
 
 
 def gather(mine: T) -> list[T]:
@@ -270,7 +353,10 @@ def whole_model(run: Run) -> LossModel:
     (`read_shards`)."""
     model, causal_lm = run.loss_model.model, run.loss_model.causal_lm
     if model is causal_lm:
-        whole = bare = type(causal_lm)._from_config(deepcopy(causal_lm.config), dtype=torch.float32)
+        config, head = deepcopy(causal_lm.config), causal_lm.get_output_embeddings()
+        if head is not None and head.weight is not causal_lm.get_input_embeddings().weight:
+            config.tie_word_embeddings = False  # a file that holds both goes before what its configuration says
+        whole = bare = type(causal_lm)._from_config(config, dtype=torch.float32)
     else:
         from peft import get_peft_model
 
