@@ -126,6 +126,16 @@ def test_two_processes_equal_one(whole, engine, flags):
     assert read_state(numbered(run)[-1]).best_step == (2 if "--merge_adapters" in flags else 8)
 
 
+def test_gradient_checkpointing_beside_new_tokens(bench, tmp_path):
+    """The base that has grown is loaded anew: the one that was told to checkpoint is thrown away."""
+    def patch() -> None:
+        import common.run
+
+        common.run.prepare = lambda _, model, __: os._exit(0 if model.causal_lm.is_gradient_checkpointing else 9)
+
+    go(bench, tmp_path / "run", *LORA, "--gradient_checkpointing", patch=patch)
+
+
 def test_bf16(bench, whole, tmp_path):
     """accelerate's own policy rounds the loss to three digits and sums gradients in bf16."""
     bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}

@@ -236,6 +236,7 @@ def build_model(run: Run, chat: Chat, grows: bool, empty: bool = False) -> nn.Mo
     causal_lm.config.use_cache = True
     if config.use_lora and model is causal_lm:
         model = _with_adapter(run, model, chat, token_ids, grown, empty)
+        causal_lm = model.get_base_model()  # loaded anew where it has grown
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         causal_lm.enable_input_require_grads()
