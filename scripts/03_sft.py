@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from common.config import is_hub_name, parse
 from common.faults import RankLost, Stopped, UserError, run_main
-from common.hub import check_push, resolve
+from common.hub import check_push, needed, resolve
 from common.settings import SftConfig
 from common.signals import StopFlag, launched
 from common.trackers import check_installed
@@ -106,15 +106,23 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
 
 
 def fetch_all(run: Run, weights: bool) -> None:
-    """Bring what the settings name from the Hub to this machine: one process downloads, the others find it there."""
+    """Bring what the settings name from the Hub to this machine: one process asks and downloads, the others find it
+    there."""
     from common.hub import fetch
     from common.ranks import on_main
 
     config = run.config
-    if not config.commits:
+    if not needed(config):
         return
-    commits, lines = on_main(run.watch, lambda: (config.commits, fetch(config, config.commits, weights)))
-    if not run.main:
+
+    def first() -> tuple:
+        lines = fetch(config, config.commits or resolve(config), weights)
+        return lines, config.commits, config.places
+
+    lines, commits, places = on_main(run.watch, first)
+    if run.accelerator.process_index == run.accelerator.local_process_index:
+        config.commits, config.places = commits, places
+    else:  # on another machine, whose cache may be another
         fetch(config, commits, weights)
     run.say(*lines)
 
@@ -229,7 +237,7 @@ def check_files(config: SftConfig) -> None:
         there = "does not exist" if len(missing) == 1 else "do not exist"
         raise UserError(f"{', '.join(missing)}: {there}. Make data sets with scripts/prepare_sft_datasets.py, or check "
                         "the path.")
-    if any(is_hub_name(name) for name in (*named, config.source, config.tokenizer_path or "")):
+    if needed(config) and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ask once they have met (fetch_all)
         config.commits = resolve(config)
     if config.push_to_hub and not config.dry_run and not config.verify_resume:
         config.push_to_hub = check_push(config.push_to_hub, config.output_dir)

@@ -157,6 +157,28 @@ def test_a_resumed_run_goes_on_with_the_commits_of_its_start(tmp_path, hub, benc
     hub.on()
 
 
+def test_two_processes_ask_once(tmp_path, hub, bench):
+    """What cannot be fetched ends both, with one sentence; a killed run goes on; the Hub's branches move meanwhile.
+    Guards against processes that train on different commits, wait for each other, or load the Hub by their number."""
+    filled(hub, bench)
+    flags = (*NAMED, "--max_steps", 4, "--cache_dir", tmp_path / "data")
+    for broken, fault in (("GET /api/models/ann/base", 503), ("GET /large/", "reset")):
+        hub.fail(broken, fault, times=1000)
+        refused = bench.run(tmp_path / f"{fault}", *flags, ranks=2)
+        assert refused.codes == [74, 74] and "Give the same command again" in sentence(refused.output)
+        hub.faults.clear()
+    out, before = tmp_path / "run", hub.count("/revision/main")
+    killed = bench.run(out, *flags, ranks=2, patch=hold_at(3, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert killed.codes == [-signal.SIGKILL] * 2 and (out / "checkpoint-2").is_dir()
+    assert hub.count("/revision/main") - before == 3 and hub.count("GET /ann/base/resolve/.*/config.json") == 1
+    hub.put("model", "ann/base", Path(make_llama(tmp_path / "other", 60, seed=5)))
+    hub.put("dataset", "ann/rows", {"rows.jsonl": ROWS, "more.jsonl": ROWS})
+    resumed = bench.run(out, *flags, "--resume_from_checkpoint", ranks=2)
+    assert resumed.codes == [0, 0], resumed.output
+    whole = bench.run(tmp_path / "whole", "--prompt_template", "instruct", "--max_steps", 4, ranks=2)
+    assert whole.codes == [0, 0] and what_is_left(out) == what_is_left(tmp_path / "whole")
+
+
 def test_a_finished_run_is_pushed_by_the_same_command_and_trains_nothing(tmp_path, hub, bench, monkeypatch):
     """Full weights from a directory here, to a name of one's own choice. Guards against a second training for the sake
     of a push, and against weights sent twice."""
