@@ -182,6 +182,21 @@ def test_what_cannot_be_built_without_weights_is_loaded_by_all(bench, whole, tmp
     assert_equal_runs(tmp_path / "run", tmp_path / "one")
 
 
+def test_rows_that_pass_one_by_one_are_as_many_in_every_process(bench, tmp_path):
+    """An evaluation that has more rows in one process than in the other hangs for --rank_timeout_minutes."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    known = json.loads(Path(bench.base, "config.json").read_text())
+    sizes = {name: known[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                            "num_attention_heads", "bos_token_id", "eos_token_id", "pad_token_id")}
+    config = Gemma2Config(**sizes, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    flags = (*FULL, "--model_path", tmp_path / "gemma", "--max_steps", 2)
+    said = go(bench, tmp_path / "many", *flags, ranks=2, patch=fsdp, code=2).output
+    assert "Set --per_device_eval_batch_size 1." in said
+    go(bench, tmp_path / "one", *flags, "--per_device_eval_batch_size", 1, ranks=2, patch=fsdp)
+
+
 def test_weights_that_cannot_be_read_end_all_with_one_sentence(bench, tmp_path):
     """The others wait for weights that never come."""
     base = tmp_path / "base"

@@ -42,6 +42,7 @@ from common.ranks import Watch, on_main, start_processes
 from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes
 from common.settings import SftConfig
 from common.sharded import (
+    check_head,
     has_shards,
     is_sharded,
     prepare,
@@ -208,6 +209,7 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
                    key=lambda e: len(e.input_ids))[:2]
     with accelerator.autocast():
         run.say(*choose_attention(run.loss_model, probe, chat.pad_id, config.attn_implementation, config.packing))
+        check_head(accelerator, run.loss_model, config)
         run.meter = make_meter(shape_of(base, len(chat.tokenizer)), config.use_lora,
                                accelerator.device, accelerator.num_processes)
     run.say(f"peak: {run.meter.peak / 1e9:,.0f} GFLOP/s in matrix products, measured; mfu is the share of it that goes "

@@ -123,6 +123,15 @@ def prepare(accelerator: Accelerator, loss_model: LossModel, optimizer: torch.op
     return wrapped, optimizer
 
 
+def check_head(accelerator: Accelerator, model: LossModel, config: SftConfig) -> None:
+    """UserError where processes would call the model's layers a different number of times, and wait for each other."""
+    found = [f"--{name} 1" for name in ("per_device_train_batch_size", "per_device_eval_batch_size")
+             if getattr(config, name) > 1]
+    if is_sharded(accelerator) and model.plain_head and found:
+        raise UserError(f"FSDP with a {model.causal_lm.config.model_type} model, whose head does more than a product: "
+                        f"rows are passed through it one by one, as many in every process. Set {' and '.join(found)}.")
+
+
 # ---- one process loads, all get their part
 
 def whole_on_main(run: Run, build: Callable[[bool], nn.Module]) -> nn.Module:
