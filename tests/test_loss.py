@@ -147,7 +147,7 @@ def test_the_last_layer_sees_only_trained_positions(changes: dict) -> None:
 def test_attention_by_blocks_equals_eager(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: a block sees keys after its queries, or the last, shorter block loses its gradient."""
     monkeypatch.setattr("common.attention.BLOCK", 4)
-    monkeypatch.setattr("common.attention.LONGEST_KEPT", 14)  # the longest goes another way
+    monkeypatch.setattr("common.attention.LONGEST_KEPT", 14)  # some probabilities are computed anew
     model = llama(num_key_value_heads=kv_heads)
     loss, gradients = reference(model, EXAMPLES)
     found, found_gradients = packed(model, PACKED, [EXAMPLES])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from transformers import AttentionInterface
 
 PACKED = "sft_packed"  # the name under which packed_attention is known to transformers
 BLOCK = 192  # queries at a time in CausalBlocks: more waste work on what is masked, fewer are small products
-LONGEST_KEPT = 1024  # longest segment whose probabilities are kept (2.2 KiB a token and head)
+LONGEST_KEPT = 1024  # keys up to which the probabilities of a query are kept (4 KiB a head)
 
 
 @torch.compiler.disable  # its loop over segments would be compiled anew for every batch
@@ -27,7 +28,7 @@ def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
     D).
 
     CUDA: torch's own varlen kernel (half precision). CPU: one small causal attention per segment, which beats a masked
-    T x T attention 2.5 times at 16 segments in 2,048 tokens; in training as CausalBlocks where that is possible.
+    T x T attention 2.5 times at 16 segments in 2,048 tokens; in training CausalBlocks where that is possible.
     """
     if cu_seq_lens_q is None:
         raise RuntimeError("packed attention without segment bounds: use sdpa for generation")
@@ -53,65 +54,81 @@ def _segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bound
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    if torch.is_grad_enabled() and not dropout and window is None:
+        return CausalBlocks.apply(query, key, value, bounds, query.shape[-1] ** -0.5 if scaling is None else scaling)
     # split, not slices: the gradient of a slice is a whole tensor of zeros for every segment
     lengths = [end - start for start, end in zip(bounds, bounds[1:])]
     pieces = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (query, key, value)))  # (1, heads, length, D)
-    blocks = torch.is_grad_enabled() and not dropout
     parts = []
     for length, (q, k, v) in zip(lengths, pieces):
         mask = None
-        if blocks and length <= min(LONGEST_KEPT, window or LONGEST_KEPT):
-            out = CausalBlocks.apply(q[0], k[0], v[0], q.shape[-1] ** -0.5 if scaling is None else scaling)
-            parts.append(out.transpose(0, 1)[None])
-            continue
         if window is not None and length > window:
             gap = torch.arange(length)[:, None] - torch.arange(length)[None]
             mask = (gap >= 0) & (gap < window)
         parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
                                                     scale=scaling).transpose(1, 2))
-    return torch.cat(parts, 1)
+    return torch.cat(parts, 1)[0]
 
 
 class CausalBlocks(torch.autograd.Function):
-    """Causal attention of one segment: blocks of queries, each against the keys up to its end. The probabilities are
-    kept for the backward pass, which so takes two thirds of the time of torch's own on CPU (which computes them anew).
+    """Causal attention inside each segment: blocks of queries, each against the keys up to its end. Probabilities are
+    kept for the backward pass, but for long segments; torch's own attention on CPU computes all of them anew, and takes
+    1.4 times as long on instruction rows.
 
-    query, key, value (heads, L, D) fp32, scaling -> (heads, L, D). Gradients as in FlashAttention-2 (arXiv:2307.08691,
-    section 3.2).
+    query, key, value (T, heads, D) fp32, bounds of the segments in T, scaling -> (T, heads, D). Gradients as in
+    FlashAttention-2 (arXiv:2307.08691, section 3.2).
     """
 
     @staticmethod
-    def forward(ctx: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    def forward(ctx: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int],
                 scaling: float) -> torch.Tensor:
-        heads, length, _ = query.shape
         out, kept = torch.empty_like(query, memory_format=torch.contiguous_format), []
-        for start in range(0, length, BLOCK):
-            end = min(start + BLOCK, length)
-            scores = query.new_empty(heads, end - start, end)
-            torch.baddbmm(scores, query[:, start:end], key[:, :end].mT, beta=0, alpha=scaling, out=scores)
-            scores[..., start:] += torch.full((end - start, end - start), -math.inf).triu_(1)
-            shares = torch.softmax(scores, -1, out=scores)
-            torch.bmm(shares, value[:, :end], out=out[:, start:end])
-            kept.append(shares)
+        heads_first = [x.transpose(0, 1) for x in (query, key, value, out)]
+        for keys, rows in _blocks(bounds):
+            q, k, v, o = (x[:, part] for x, part in zip(heads_first, (rows, keys, keys, rows)))
+            shares = _probabilities(q, k, scaling)
+            o.copy_(torch.bmm(shares, v))
+            kept.append(shares if _is_kept(keys) else None)
         ctx.save_for_backward(query, key, value, out, *kept)
-        ctx.scaling = scaling
+        ctx.bounds, ctx.scaling = bounds, scaling
         return out
 
     @staticmethod
     def backward(ctx: object, d_out: torch.Tensor) -> tuple:
         query, key, value, out, *kept = ctx.saved_tensors
-        d_query = torch.empty_like(out)
-        d_key, d_value = torch.zeros_like(out), torch.zeros_like(out)
-        drop = (d_out * out).sum(-1, keepdim=True)
-        for i, shares in enumerate(kept):
-            start, (rows, end) = i * BLOCK, shares.shape[1:]
-            block = slice(start, start + rows)
-            d_value[:, :end].baddbmm_(shares.mT, d_out[:, block])
-            d_scores = torch.bmm(d_out[:, block], value[:, :end].mT).sub_(drop[:, block]).mul_(shares)
-            torch.baddbmm(d_query[:, block], d_scores, key[:, :end], beta=0, alpha=ctx.scaling,
-                          out=d_query[:, block])
-            d_key[:, :end].baddbmm_(d_scores.mT, query[:, block], alpha=ctx.scaling)
-        return d_query, d_key, d_value, None
+        drop = (d_out * out).sum(-1).t().unsqueeze(-1)  # (heads, T, 1)
+        query, key, value, d_out = (x.transpose(0, 1) for x in (query, key, value, d_out))
+        d_query, d_key, d_value = (query.new_zeros(query.shape) for _ in range(3))
+        for (keys, rows), shares in zip(_blocks(ctx.bounds), kept):
+            q, k, v, d = query[:, rows], key[:, keys], value[:, keys], d_out[:, rows]
+            if shares is None:
+                shares = _probabilities(q, k, ctx.scaling)
+            d_value[:, keys].baddbmm_(shares.mT, d)
+            d_scores = torch.bmm(d, v.mT).sub_(drop[:, rows]).mul_(shares)
+            d_query[:, rows].baddbmm_(d_scores, k, alpha=ctx.scaling)
+            d_key[:, keys].baddbmm_(d_scores.mT, q, alpha=ctx.scaling)
+        return *(d.transpose(0, 1) for d in (d_query, d_key, d_value)), None, None
+
+
+def _blocks(bounds: list[int]) -> Iterator[tuple[slice, slice]]:
+    """(keys, queries) of each block: the keys reach from the begin of the segment to the end of the queries."""
+    for begin, end in zip(bounds, bounds[1:]):
+        for start in range(begin, end, BLOCK):
+            stop = min(start + BLOCK, end)
+            yield slice(begin, stop), slice(start, stop)
+
+
+def _is_kept(keys: slice) -> bool:
+    return keys.stop - keys.start <= LONGEST_KEPT
+
+
+def _probabilities(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Causal, of the last queries of a segment: query (heads, N, D), key (heads, L, D) -> (heads, N, L)."""
+    heads, count, _ = query.shape
+    scores = query.new_empty(heads, count, key.shape[1])
+    torch.baddbmm(scores, query, key.mT, beta=0, alpha=scaling, out=scores)
+    scores[..., -count:] += torch.full((count, count), -math.inf).triu_(1)
+    return torch.softmax(scores, -1, out=scores)
 
 
 def _varlen_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
