@@ -216,6 +216,7 @@ def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
 def resume_command(run: Run) -> str:
     """The command that continues this run."""
     from common.sharded import is_sharded
+    from common.zero import is_zero
 
     # the newest checkpoint, also if this start went back to a named one
     words = [word for before, word in zip(["", *run.argv], run.argv)
@@ -223,7 +224,8 @@ def resume_command(run: Run) -> str:
              and (word.startswith("--") or before != "--resume_from_checkpoint")] + ["--resume_from_checkpoint"]
     precision = run.accelerator.mixed_precision
     n = run.accelerator.num_processes
-    how = ["--config_file", "config/accelerate/fsdp2.yaml"] if is_sharded(run.accelerator) else ["--multi_gpu"]
+    file = "deepspeed_zero3" if is_zero() else "fsdp2" if is_sharded(run.accelerator) else None
+    how = ["--config_file", f"config/accelerate/{file}.yaml"] if file else ["--multi_gpu"]
     several = [*how, "--num_processes", str(n)] if n > 1 else []
     launcher = ["accelerate", "launch", *several, "--mixed_precision", precision] if launched() else ["python"]
     return shlex.join([*launcher, "scripts/03_sft.py", *words])

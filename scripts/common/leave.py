@@ -20,6 +20,7 @@ from common.model import load_model, merge_and_save, sample_prompts, saved_dtype
 from common.rows import RowReader
 from common.run import Run, read_weights, write_model
 from common.sharded import is_sharded, whole_model
+from common.zero import is_zero
 
 
 def leave_plan(run: Run, described: dict, material: Material) -> None:
@@ -84,7 +85,8 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
     """The best model (by validation loss; without validation the last) at the top, and what was asked for beside it."""
     state, config = run.state, run.config
     run.watch.close()  # from here on the main process works alone, for as long as it takes
-    best, sharded = run.directory / f"checkpoint-{state.best_step or state.step}", is_sharded(run.accelerator)
+    best = run.directory / f"checkpoint-{state.best_step or state.step}"
+    sharded = is_sharded(run.accelerator) or is_zero()
     earlier = state.best_step not in (None, state.step)
     if earlier and (problems := verify(best)):
         raise OSError(errno.EIO, f"damaged ({'; '.join(problems[:3])}). Start again with --resume_from_checkpoint: "

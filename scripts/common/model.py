@@ -250,16 +250,16 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) ->
                         f"This model has {', '.join(leaves)}.") from None
 
 
-def save_adapter(model: nn.Module, directory: Path) -> None:
+def save_adapter(model: nn.Module, directory: Path, weights: dict | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors (new rows included, whole embeddings not)."""
-    model.save_pretrained(str(directory), save_embedding_layers=False)
+    model.save_pretrained(str(directory), save_embedding_layers=False, state_dict=weights)
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run writes its own
 
 
-def save_full(model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
+def save_full(model: nn.Module, directory: Path, dtype: torch.dtype, weights: dict | None = None) -> None:
     """Write config, generation_config and weights, rounded to `dtype`, without touching the model in memory."""
     rounded = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
-    rounded.save_pretrained(str(directory))
+    rounded.save_pretrained(str(directory), state_dict=weights)
 
 
 def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.dtype, samples: list[list[int]]) -> dict:

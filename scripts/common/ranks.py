@@ -179,17 +179,20 @@ class Watch:
 def start_processes(config: SftConfig) -> Accelerator:
     """Start the processes (or find them started); refuse a launch that left them apart, or an engine this cannot do."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
 
-    from common.sharded import check_engine, refuse_deepspeed
+    from common.sharded import check_engine
+    from common.zero import check_zero, is_zero
 
-    refuse_deepspeed()
+    if is_zero():
+        check_zero(config)
     # Watch ends a job that hangs and says where; the backend's own limit comes after it
     limit = timedelta(minutes=config.rank_timeout_minutes + 5)
     # buffers (rotary tables) never change: sent anew, they would make processes wait for each other in every forward
     once = DistributedDataParallelKwargs(broadcast_buffers=False)
     try:
-        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=limit), once])
+        with patch_environment(accelerate_use_deepspeed="false"):  # its engine is driven by common.zero instead
+            accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=limit), once])
     except RuntimeError as fault:
         if of_a_collective(fault):
             raise RankLost(sentence(["the processes did not find each other"], str(fault).splitlines()[0])) from None

@@ -52,6 +52,7 @@ from common.sharded import (
     write_shards,
 )
 from common.train import StepResult, evaluation_rows, make_optimizer
+from common.zero import is_zero
 
 
 @dataclass
@@ -193,7 +194,8 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
     if sharded:  # no device may hold it whole: it stays where it is until each process is given its part
         model = whole_on_main(run, lambda empty: build_model(run, chat, grows, empty))
     else:
-        model = build_model(run, chat, grows).to(accelerator.device)
+        model = build_model(run, chat, grows)
+        model = model if is_zero() else model.to(accelerator.device)
     run.loss_model = LossModel(model, "sdpa", config.neftune_noise_alpha)
     if config.compile:
         run.say(compile_layers(run.loss_model.causal_lm))
@@ -202,9 +204,11 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
             f"({'LoRA' if config.use_lora else 'full'}), precision {accelerator.mixed_precision}, "
             f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}")
     on_main(run.watch, lambda: check_space(run.directory, bytes_to_come(run)))
-    if checkpoint and sharded and not has_shards(checkpoint):
+    if checkpoint and is_zero():
+        read_whole(run, checkpoint)
+    elif checkpoint and sharded and not has_shards(checkpoint):
         on_main(run.watch, lambda: read_weights(run, checkpoint))
-    run.wrapped, run.optimizer = prepare(accelerator, run.loss_model, make_optimizer(run.loss_model, config))
+    run.wrapped, run.optimizer = prepare(accelerator, run.loss_model, make_optimizer(run.loss_model, config), config)
     probe = sorted((e for row in material.plan.step_rows(0) for e in material.examples(row)),
                    key=lambda e: len(e.input_ids))[:2]
     with accelerator.autocast():
@@ -300,13 +304,16 @@ def save_state(run: Run, chat: Chat) -> None:
     """Write checkpoint-<step>: model or adapter as trained (fp32), optimizer, state, tokenizer."""
     sharded = is_sharded(run.accelerator)
     run.watch.at(f"checkpoint-{run.state.step}")
+    weights, states = None, None
+    if is_zero():  # every process gives its part
+        weights, states = run.optimizer.whole_weights(run.loss_model.model), run.optimizer.state_dict()
 
     def write(directory: Path) -> dict | None:
         if sharded:
             chat.save(directory)
             return write_shards(run.loss_model, run.optimizer, directory)
-        write_model(run, chat, directory, torch.float32)
-        torch.save(run.optimizer.state_dict(), directory / "optimizer.pt")
+        write_model(run, chat, directory, torch.float32, weights)
+        torch.save(states or run.optimizer.state_dict(), directory / "optimizer.pt")
 
     if run.main:
         save_checkpoint(run.directory, run.state, write, keep=run.config.save_total_limit)
@@ -315,14 +322,15 @@ def save_state(run: Run, chat: Chat) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def write_model(run: Run, chat: Chat, directory: Path, dtype: torch.dtype) -> None:
-    """Write the adapter, or the full model in `dtype`, with tokenizer and template."""
+def write_model(run: Run, chat: Chat, directory: Path, dtype: torch.dtype, weights: dict | None = None) -> None:
+    """Write the adapter, or the full model in `dtype`, with tokenizer and template; weights: those to write, where the
+    model does not hold them whole."""
     model = run.loss_model.model
     if run.config.use_lora:
-        save_adapter(model, directory)
+        save_adapter(model, directory, weights)
         run.loss_model.causal_lm.generation_config.save_pretrained(str(directory))
     else:
-        save_full(model, directory, dtype)
+        save_full(model, directory, dtype, weights)
     chat.save(directory)
 
 
@@ -350,6 +358,14 @@ def read_weights(run: Run, directory: Path) -> None:
                         f"{sorted(wrong)[0]}). Resume with the settings the run was started with.")
 
 
+def read_whole(run: Run, directory: Path) -> None:
+    """read_weights before DeepSpeed cuts the model; UserError for a checkpoint in shards."""
+    if has_shards(directory):
+        raise UserError(f"{directory}: written in shards by FSDP, which DeepSpeed does not read. Go on with "
+                        "--config_file config/accelerate/fsdp2.yaml, or with one process.")
+    read_weights(run, directory)
+
+
 def restore(run: Run, directory: Path) -> None:
     """Go on from a checkpoint: weights, optimizer and state. One in shards is read by any number of processes, and one
     of a single process by those that hold a model in shards (their weights are read before it is cut)."""
@@ -361,7 +377,8 @@ def restore(run: Run, directory: Path) -> None:
         if is_sharded(run.accelerator):
             spread_optimizer(run.optimizer, saved)
         else:
-            read_weights(run, directory)
+            if not is_zero():
+                read_weights(run, directory)
             run.optimizer.load_state_dict(saved)
     run.state = read_state(directory)
     run.say(f"resumed from {directory}: step {run.state.step:,}")

@@ -31,6 +31,7 @@ from common.loss import LossModel
 from common.model import find_model, load_model
 from common.ranks import on_main
 from common.settings import SftConfig
+from common.zero import is_zero, prepare_zero
 
 if TYPE_CHECKING:
     from common.run import Run
@@ -49,15 +50,6 @@ def has_shards(checkpoint: Path) -> bool:
     return (checkpoint / SHARDS).is_dir()
 
 
-def refuse_deepspeed() -> None:
-    """UserError where the launcher asks for DeepSpeed. Its engine takes the optimizer step together with the backward
-    pass, before the gradient's norm is known, and its checkpoints are bound to the number of processes: a step with NaN
-    could not be stopped, and a resume would not be the exact one."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError("DeepSpeed: this script does not train under it. FSDP2 shards what ZeRO-3 shards: start it "
-                        "with --config_file config/accelerate/fsdp2.yaml.")
-
-
 def check_engine(accelerator: Accelerator, config: SftConfig) -> None:
     """UserError for an engine, or a setting under it, that this loop does not do or that was not tried."""
     kind = accelerator.distributed_type
@@ -65,7 +57,7 @@ def check_engine(accelerator: Accelerator, config: SftConfig) -> None:
         raise UserError(f"FSDP: asked for, but accelerate runs {kind.value} here: it shards on accelerators only. On "
                         "CPU use config/accelerate/cpu.yaml.")
     if kind not in (DistributedType.NO, DistributedType.FSDP) and not kind.value.startswith("MULTI_"):
-        raise UserError(f"{kind.value}: this script trains in one process, with DDP or with FSDP2. Use one of the "
+        raise UserError(f"{kind.value}: this script trains in one process, with DDP, FSDP2 or ZeRO-3. Use one of the "
                         "files in config/accelerate.")
     other = accelerator.parallelism_config
     if other and (other.tp_enabled or other.cp_enabled or other.sp_enabled):
@@ -90,8 +82,11 @@ def check_engine(accelerator: Accelerator, config: SftConfig) -> None:
             raise UserError(f"FSDP with {what}: not supported. {way}")
 
 
-def prepare(accelerator: Accelerator, loss_model: LossModel, optimizer: torch.optim.Optimizer) -> tuple:
-    """What accelerate makes of model and optimizer: (wrapped model, optimizer)."""
+def prepare(accelerator: Accelerator, loss_model: LossModel, optimizer: torch.optim.Optimizer,
+            config: SftConfig) -> tuple:
+    """What accelerate or DeepSpeed makes of model and optimizer: (wrapped model, optimizer)."""
+    if is_zero():
+        return prepare_zero(accelerator, loss_model, optimizer, config)
     if not is_sharded(accelerator):
         return accelerator.prepare(loss_model, optimizer)
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, register_fsdp_forward_method
@@ -127,9 +122,10 @@ def check_head(accelerator: Accelerator, model: LossModel, config: SftConfig) ->
     """UserError where processes would call the model's layers a different number of times, and wait for each other."""
     found = [f"--{name} 1" for name in ("per_device_train_batch_size", "per_device_eval_batch_size")
              if getattr(config, name) > 1]
-    if is_sharded(accelerator) and model.plain_head and found:
-        raise UserError(f"FSDP with a {model.causal_lm.config.model_type} model, whose head does more than a product: "
-                        f"rows are passed through it one by one, as many in every process. Set {' and '.join(found)}.")
+    if (is_sharded(accelerator) or is_zero()) and model.plain_head and found:
+        raise UserError(f"{'DeepSpeed' if is_zero() else 'FSDP'} with a {model.causal_lm.config.model_type} model, "
+                        "whose head does more than a product: rows are passed through it one by one, as many in every "
+                        f"process. Set {' and '.join(found)}.")
 
 
 # ---- one process loads, all get their part

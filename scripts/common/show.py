@@ -9,6 +9,7 @@ from common.chat import Chat, Encoded
 from common.material import Material
 from common.memory import needed, shape_of, spoken
 from common.plan import describe
+from common.zero import is_zero
 
 if TYPE_CHECKING:
     from common.run import Run
@@ -60,7 +61,7 @@ def describe_memory(run: Run, base: object, chat: Chat) -> str:
     """What a process will need beside what it holds before the model `base` (a configuration) is loaded."""
     config, state = run.config, run.accelerator.state
     shape = shape_of(base, len(chat.tokenizer))
-    sharded = any(getattr(state, name, None) is not None for name in ("fsdp_plugin", "deepspeed_plugin"))
+    sharded = getattr(state, "fsdp_plugin", None) is not None or is_zero()
     parts = needed(shape, lora_r=config.lora_r if config.use_lora else None,
                    tokens=config.per_device_train_batch_size * config.max_seq_length,
                    bf16=run.accelerator.mixed_precision != "no", checkpointing=config.gradient_checkpointing,

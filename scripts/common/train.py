@@ -28,6 +28,7 @@ from common.material import Material
 from common.order import pack
 from common.plan import Plan
 from common.sharded import is_sharded
+from common.zero import backward, gradient_norm, is_zero
 
 if TYPE_CHECKING:
     from common.settings import SftConfig
@@ -127,20 +128,22 @@ def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torc
         group["lr"] = rate
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     model.train()
-    passes = batches.of(step)
+    passes, zero = batches.of(step), is_zero()
     for i, batch in enumerate(passes):
         batch, last = batch.to(accelerator.device), i == len(passes) - 1
         at(f"step {step + 1}, pass {i + 1}")  # from here on processes wait for each other
         # whole gradients of a model in shards would not fit: those of an adapter wait, others are summed in every pass
-        wait = not last and (config.use_lora or not is_sharded(accelerator))
+        wait = not (last or zero) and (config.use_lora or not is_sharded(accelerator))
         with accelerator.no_sync(model) if wait else nullcontext():
             loss = model(**batch_inputs(batch))
             if last:
                 at(f"step {step + 1}, the sum of the gradients")
-            accelerator.backward(loss * (world / total))  # the ranks' gradients are averaged, hence `world`
+            scaled = loss * (world / total)  # the ranks' gradients are averaged, hence `world`
+            backward(model, scaled, last) if zero else accelerator.backward(scaled)
         loss_sum += loss.detach()
     loss_sum = accelerator.reduce(loss_sum) if world > 1 else loss_sum
-    norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    norm = gradient_norm(model, accelerator) if zero else accelerator.clip_grad_norm_(
+        model.parameters(), config.max_grad_norm or math.inf)
     loss, norm = float(loss_sum) / total, float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NotFinite(_not_finite(step, loss, norm, material.places(plan.step_rows(step))))
