@@ -98,14 +98,14 @@ class CausalBlocks(torch.autograd.Function):
         query, key, value, out, *kept = ctx.saved_tensors
         drop = (d_out * out).sum(-1).t().unsqueeze(-1)  # (heads, T, 1)
         query, key, value, d_out = (x.transpose(0, 1) for x in (query, key, value, d_out))
-        d_query, d_key, d_value = (query.new_zeros(query.shape) for _ in range(3))
+        d_query, (d_key, d_value) = torch.empty_like(query), (torch.zeros_like(query) for _ in range(2))
         for (keys, rows), shares in zip(_blocks(ctx.bounds), kept):
             q, k, v, d = query[:, rows], key[:, keys], value[:, keys], d_out[:, rows]
             if shares is None:
                 shares = _probabilities(q, k, ctx.scaling)
             d_value[:, keys].baddbmm_(shares.mT, d)
             d_scores = torch.bmm(d, v.mT).sub_(drop[:, rows]).mul_(shares)
-            d_query[:, rows].baddbmm_(d_scores, k, alpha=ctx.scaling)
+            d_query[:, rows].baddbmm_(d_scores, k, beta=0, alpha=ctx.scaling)
             d_key[:, keys].baddbmm_(d_scores.mT, q, alpha=ctx.scaling)
         return *(d.transpose(0, 1) for d in (d_query, d_key, d_value)), None, None
 

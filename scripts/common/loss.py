@@ -156,7 +156,12 @@ def _to_shares(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def _sum(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
     """total + more in fp32, in place where there is a total."""
-    return more.float() if total is None else total.add_(more)
+    if total is None:
+        return more.float()
+    # on CPU so many rows at a time that the fp32 copy of `more` stays in the cache
+    for own, part in zip(*(x.split(len(x) if x.is_cuda else 2048) for x in (total, more))):
+        own.add_(part)
+    return total
 
 
 def _logits(hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

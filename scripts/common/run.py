@@ -208,7 +208,8 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
         read_whole(run, checkpoint)
     elif checkpoint and sharded and not has_shards(checkpoint):
         on_main(run.watch, lambda: read_weights(run, checkpoint))
-    run.wrapped, run.optimizer = prepare(accelerator, run.loss_model, make_optimizer(run.loss_model, config), config)
+    optimizer = make_optimizer(run.loss_model, config, whole=not (sharded or is_zero()))
+    run.wrapped, run.optimizer = prepare(accelerator, run.loss_model, optimizer, config)
     probe = sorted((e for row in material.plan.step_rows(0) for e in material.examples(row)),
                    key=lambda e: len(e.input_ids))[:2]
     with accelerator.autocast():

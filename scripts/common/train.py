@@ -47,8 +47,9 @@ class StepResult:
     stage: str
 
 
-def make_optimizer(model: torch.nn.Module, config: SftConfig) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters; matrices decay, vectors (norms, biases) do not."""
+def make_optimizer(model: torch.nn.Module, config: SftConfig, whole: bool = True) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters; matrices decay, vectors (norms, biases) do not. whole: they will
+    not be cut into parts for several processes."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
@@ -60,7 +61,7 @@ def make_optimizer(model: torch.nn.Module, config: SftConfig) -> torch.optim.Opt
     if config.optim == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-                             eps=config.adam_epsilon)
+                             eps=config.adam_epsilon, fused=whole and trained[0].device.type in ("cpu", "cuda"))
 
 
 def warmup_length(config: SftConfig, n_steps: int) -> int:
