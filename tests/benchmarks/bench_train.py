@@ -5,7 +5,8 @@
 Each rival runs in a process of its own and they take turns, step by step, after a warm-up. "tuned": its allocator keeps
 its memory (as 03_sft.py sets it); "installed": as glibc comes. TRL is given its best settings on a CPU (packing by best
 fit, one row a pass, no gradient checkpointing), in fp32 and in bf16; the faster one counts (with three rows a pass it
-takes twice as long). 03_sft.py is tried with one row a pass and with all six. Tokens are real ones, never padding. Beside the speeds: the loss and the gradients of each rival against one example at a time in eager fp32.
+takes twice as long). 03_sft.py is tried with one row a pass and with all six. Tokens are real ones, never padding.
+Beside the speeds: the loss and the gradients of each rival against one example at a time in eager fp32.
 """
 from __future__ import annotations
 
