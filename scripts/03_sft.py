@@ -84,7 +84,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
         run.say(*explain_step(run, chat, material))
         return 0
     run.say(*chat.notes, *show.describe_data(material), show.describe_plan(material),
-            show.describe_memory(run, base, chat))
+            show.describe_memory(run, base, chat, material))
     run.say(*show.show_example(material, chat))
     run.say(*prove_chat(config, chat, material))
     if config.export_rendered and run.main:

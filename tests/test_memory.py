@@ -9,13 +9,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 
 from test_readme import README, between, text  # noqa: E402
 
-from common.memory import Shape, needed, seconds, shape_of, spoken  # noqa: E402
+from common.memory import Load, Shape, kept_pairs, largest_load, needed, seconds, shape_of, spoken  # noqa: E402
+from common.plan import Source, Stage, make_plan  # noqa: E402
 
 TINY = Shape(256, 688, 6, 4, 4, 64, 32_002, True)
 SHAPES = {"tiny": TINY, "small": Shape(512, 1376, 12, 8, 8, 64, 32_002, True),
@@ -29,6 +32,12 @@ SIZES = [("tiny", 4, 1024, 1, 0.15e12), ("small", 4, 1024, 1, 0.15e12), ("base",
          ("70B", 1, 8192, 8, 300e12), ("70B", 1, 8192, 64, 300e12)]
 
 
+def half_trained(rows: int, length: int, each: int, on_cpu: bool = True) -> Load:
+    """Full rows of examples of `each` tokens, half of them trained."""
+    n = rows * (length // each)
+    return Load(n * each, n * each // 2, n * int(kept_pairs(np.array([each]))[0]) if on_cpu else 0)
+
+
 def sizing_table() -> str:
     """Memory of one process and time for 10 M tokens, by the formula of memory.py."""
     lines = ["| model | rows | processes | LoRA r 16: memory | full: memory | LoRA: 10 M tokens | full: 10 M tokens |",
@@ -36,7 +45,7 @@ def sizing_table() -> str:
     for name, rows, length, n, flops in SIZES:
         shape, cells = SHAPES[name], []
         for lora_r in (16, None):
-            parts = needed(shape, lora_r=lora_r, tokens=rows * length, bf16=True,
+            parts = needed(shape, half_trained(rows, length, 256, on_cpu=flops < 1e12), lora_r=lora_r, bf16=True,
                            checkpointing=flops > 1e12, processes=n, sharded=n > 1)
             cells.append(f"{sum(parts.values()) / 2**30:,.1f} GiB")
         for lora in (True, False):
@@ -52,13 +61,37 @@ def test_the_arithmetic_by_hand() -> None:
     shape = Shape(hidden=4, inner=8, layers=2, heads=2, kv_heads=1, head_size=2, vocabulary=10, tied=True)
     # q 16, k 8, v 8, o 16, gate 32, up 32, down 32 = 144; embeddings 40, norms 2 x 8 + 4
     assert shape.layer == 144 and shape.parameters == 40 + 2 * 152 + 4 == 348
-    full = needed(shape, lora_r=None, tokens=100, bf16=False)
-    assert full["weights"] == full["gradients"] == 4 * 348 and full["optimizer"] == 8 * 348 + 2 * 4 * 40
-    assert full["activations"] == int(1.1 * 2 * 100 * (44 * 4 + 16 * 8)) and full["head"] == 2 * 4 * 1000 + 4 * 40
-    lora = needed(shape, lora_r=2, tokens=100, bf16=True)
+    full = needed(shape, Load(100, 60, 7), lora_r=None, bf16=False)
+    assert full["weights"] == full["gradients"] == 4 * 348 and full["optimizer"] == 8 * 348
+    # the last layer keeps 60 tokens of 100; 30 bytes a token and hidden are kept once; 2 heads x 7 pairs x 2 layers
+    kept = (40 * 4 + 16 * 8) * (100 + 60) + 30 * 4 * 100
+    assert full["activations"] == int(1.2 * kept + 2 * 4 * 2 * 7) and full["head"] == 4 * 60 * 10 + 4 * 40
+    lora = needed(shape, Load(100, 60, 7), lora_r=2, bf16=True)
     adapters = 2 * 2 * (8 + 6 + 6 + 8 + 12 + 12 + 12)
     assert lora["weights"] == 4 * 348 + 4 * adapters and lora["gradients"] == 4 * adapters
-    assert lora["activations"] == int(1.6 * 2 * 100 * (52 * 4 + 12 * 8) + 2 * 288)
+    kept = (60 * 4 + 12 * 8 + 14 * 2) * (100 + 60) + 30 * 4 * 100
+    assert lora["activations"] == int(1.65 * kept + 2 * 4 * 2 * 7 + 2 * 288) and lora["head"] == 2 * 60 * 10 + 2 * 40
+
+
+def test_kept_probabilities_are_those_of_the_blocks() -> None:
+    """A formula beside the code of attention: what it keeps is counted in its own blocks."""
+    from common import attention, memory
+
+    assert (memory.BLOCK, memory.LONGEST_KEPT) == (attention.BLOCK, attention.LONGEST_KEPT)
+    lengths = [1, 191, 192, 193, 960, 1000, 1024, 1025, 3000]
+    kept = [sum((rows.stop - rows.start) * (keys.stop - keys.start) for keys, rows in attention._blocks([0, n])
+                if attention._is_kept(keys)) for n in lengths]
+    assert kept_pairs(np.array(lengths)).tolist() == kept
+
+
+def test_the_largest_micro_batch_of_the_plan() -> None:
+    """Settings taken for what the rows hold: short rows without packing, or the first rows instead of the longest."""
+    source = Source("a", np.array([10, 30, 20, 40, 5]), np.array([1, 3, 2, 4, 5]))
+    plan = make_plan([source], [Stage("all", (0,), epochs=1)], max_seq_length=50, packing=False, rows_per_step=5,
+                     seed=1)
+    assert largest_load(plan, 2, on_cpu=False) == Load(70, 9)
+    assert largest_load(plan, 2, on_cpu=True).pairs == 30 * 30 + 40 * 40
+    assert largest_load(plan, 8, on_cpu=False) == Load(105, 15)
 
 
 def test_the_shape_is_that_of_the_model() -> None:
@@ -76,7 +109,9 @@ def test_the_shape_is_that_of_the_model() -> None:
 
 
 def total(**changes: object) -> int:
-    return sum(needed(**{"shape": TINY, "lora_r": None, "tokens": 4096, "bf16": True, **changes}).values())
+    tokens = changes.pop("tokens", 4096)
+    given = {"shape": TINY, "load": half_trained(1, tokens, 64), "lora_r": None, "bf16": True, **changes}
+    return sum(needed(**given).values())
 
 
 def test_what_it_grows_and_shrinks_with() -> None:
@@ -96,9 +131,10 @@ def test_measured_runs_are_met() -> None:
     file = ROOT / "tests/benchmarks/baseline.json"
     known = json.loads(file.read_text()).get("estimate", {}) if file.exists() else {}
     for name, found in known.get("cases", {}).items():
-        model, mode, rows, _, length, precision = name.split()
-        parts = needed(SHAPES[model], lora_r=16 if mode == "lora" else None, tokens=int(rows) * int(length),
-                       bf16=precision == "bf16")
+        model, mode, rows, _, length, precision, examples = name.split()
+        # of 245 tokens, or one that all but fills its row
+        load = half_trained(int(rows), int(length), 245 if examples == "short" else int(length) - 28)
+        parts = needed(SHAPES[model], load, lora_r=16 if mode == "lora" else None, bf16=precision == "bf16")
         assert abs(sum(parts.values()) / 2**20 / found["measured_mib"] - 1) <= 0.15, (name, found)
 
 

@@ -1,26 +1,35 @@
-"""How much memory a run needs, before a weight is loaded: a formula over the model's shape and the settings.
+"""How much memory a run needs, before a weight is loaded: a formula over the model's shape, the settings and the plan.
 
     weights       4 bytes a parameter (trained ones must be fp32); a base in 4 bits 0.55 a weight of its matrices
     gradients     4 bytes a trained parameter; twice that with several unsharded processes (their buckets)
-    optimizer     AdamW 8 bytes a trained parameter, Adafactor and SGD next to nothing; two temporaries of one matrix
-    activations   what a layer keeps for its backward pass, KEPT bytes for each token of a micro-batch; with
-                  checkpointing only its input, and one layer is computed again at a time
-    head          one chunk of logits and its exponentials, and the gradient of a trained vocabulary matrix
+    optimizer     AdamW 8 bytes a trained parameter, Adafactor and SGD next to nothing
+    activations   what a layer keeps for its backward pass, KEPT bytes for each token of a micro-batch, the last layer
+                  for its trained ones; attention's probabilities on CPU; with checkpointing only a layer's input,
+                  and one layer is computed again at a time
+    head          one chunk of logits, and the gradient of a trained vocabulary matrix
 
 FSDP divides the first three by the number of processes and holds two gathered layers besides. KEPT was counted with
-torch's saved_tensors_hooks on Llama layers, the two shares of SLACK (what the allocator cannot use again) were measured
+torch's saved_tensors_hooks on Llama layers. LIBRARIES and SLACK (what glibc's allocator cannot use again) were measured
 on CPU by tests/benchmarks/bench_estimate.py. Elsewhere the sum is an estimate that nothing has checked.
 """
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from common.plan import Plan
 
 CHUNK_BYTES = 2**26  # logits at a time, as in loss.py
-# (LoRA, bf16) -> bytes a token and layer keeps: a * hidden + b * inner
-KEPT = {(False, False): (44, 16), (False, True): (36, 8), (True, False): (72, 20), (True, True): (52, 12)}
-LIBRARIES = 250 << 20  # bytes that come with training: code of libraries, the probe of the attention path, evaluation
-SLACK = {False: 1.1, True: 1.6}  # by LoRA: activations take so much more than the sum of what is kept
+BLOCK, LONGEST_KEPT = 192, 1024  # of CausalBlocks, as in attention.py
+# (LoRA, bf16) -> bytes a token and layer keeps: a * hidden + b * inner + c * r
+KEPT = {(False, False): (40, 16, 0), (False, True): (44, 8, 0), (True, False): (72, 20, 28), (True, True): (60, 12, 14)}
+KEPT_ONCE = 30  # bytes a token and hidden: embeddings, outputs of the last layer (counted 16 to 44, by mode and share)
+LIBRARIES = 180 << 20  # bytes that come with training: code of libraries, the probe of the attention path, evaluation
+SLACK = {False: 1.2, True: 1.65}  # by LoRA: activations take so much more than the sum of what is kept
 FLOPS_PER_PARAMETER = {False: 6, True: 4}  # of a token, by LoRA: the frozen matrices have no gradient of their own
 
 
@@ -66,9 +75,44 @@ def shape_of(config: object, vocabulary: int = 0) -> Shape:
                  bool(getattr(text, "tie_word_embeddings", False)))
 
 
-def needed(shape: Shape, *, lora_r: int | None, tokens: int, bf16: bool, checkpointing: bool = False,
+def kept_pairs(lengths: np.ndarray) -> np.ndarray:
+    """Pairs of query and key whose probability is kept on CPU for a segment of each length (N,) -> int64 (N,).
+
+    Blocks of queries, each against the keys up to its end; those that reach beyond LONGEST_KEPT are not kept.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    # n blocks are kept, with 1, 2, … n blocks of keys, and what remains of a segment that is kept to its end
+    n = np.minimum(lengths, LONGEST_KEPT) // BLOCK
+    rest = np.where(lengths <= LONGEST_KEPT, (lengths - n * BLOCK) * lengths, 0)
+    return BLOCK * BLOCK * n * (n + 1) // 2 + rest
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one micro-batch holds: tokens, trained tokens, and pairs of which CPU attention keeps the probability."""
+
+    tokens: int
+    trained: int
+    pairs: int = 0
+
+
+def largest_load(plan: Plan, rows: int, on_cpu: bool) -> Load:
+    """The most of each kind that the first micro-batch of so many rows holds in any step: it has the longest rows."""
+    per_example = (plan.lengths, plan.trained, kept_pairs(plan.lengths) if on_cpu else np.zeros_like(plan.lengths))
+    per_step = np.diff(plan.step_bounds)
+    step_of, place = (np.repeat(each, per_step) for each in (np.arange(plan.n_steps), plan.step_bounds[:-1]))
+    first = np.arange(len(step_of)) - place < rows
+    found = []
+    for each in per_example:
+        per_row = np.add.reduceat(each[plan.draws], plan.row_bounds[:-1], dtype=np.int64)
+        per_row = per_row[np.lexsort((-per_row, step_of))]
+        found.append(int(np.add.reduceat(np.where(first, per_row, 0), plan.step_bounds[:-1]).max(initial=0)))
+    return Load(*found)
+
+
+def needed(shape: Shape, load: Load, *, lora_r: int | None, bf16: bool, checkpointing: bool = False,
            in_4bit: bool = False, optim: str = "adamw", processes: int = 1, sharded: bool = False) -> dict[str, int]:
-    """Bytes on one process, by what they are for. lora_r: None for full fine-tuning. tokens: of a micro-batch."""
+    """Bytes on one process, by what they are for. lora_r: None for full fine-tuning. load: of a micro-batch."""
     lora = lora_r is not None
     matrices = shape.layers * shape.layer
     adapters = shape.layers * sum(lora_r * (a + b) for a, b in shape.matrices.values()) if lora else 0
@@ -77,22 +121,25 @@ def needed(shape: Shape, *, lora_r: int | None, tokens: int, bf16: bool, checkpo
     weights = (4 * (shape.parameters - matrices) + int((0.55 if in_4bit else 4) * matrices) + 4 * adapters) // share
     gradients = 4 * trained * (2 if processes > 1 and not sharded else 1) // share
     states = (8 * trained if optim == "adamw" else 0) // share
-    largest = max(shape.vocabulary * shape.hidden if not lora else 0, max(a * b for a, b in shape.matrices.values())
-                  if not lora else lora_r * shape.inner)
-    a, b = KEPT[lora, bf16]
-    kept = (a * shape.hidden + b * shape.inner) * tokens
+    a, b, c = KEPT[lora, bf16]
+    kept = a * shape.hidden + b * shape.inner + c * (lora_r or 0)
+    shares = 4 * shape.heads * load.pairs
     # autocast's copies of the matrices live until the backward pass; FSDP and 4 bits make each layer's anew
     copies = 2 * matrices if bf16 and not sharded and not in_4bit else 0
+    once = KEPT_ONCE * shape.hidden * load.tokens
     if checkpointing:
-        activations = SLACK[lora] * (shape.layers * 4 * shape.hidden * tokens + kept) + copies / shape.layers
+        activations = SLACK[lora] * ((shape.layers * 4 * shape.hidden + kept) * load.tokens + once) + shares
+        activations += copies / shape.layers
     else:
-        activations = SLACK[lora] * shape.layers * kept + copies
+        each = (shape.layers - 1) * load.tokens + load.trained
+        activations = SLACK[lora] * (kept * each + once) + shape.layers * shares + copies
     gathered = 2 * 4 * (shape.layer + 2 * shape.hidden) if sharded else 0
     size = 2 if bf16 else 4
-    logits = min(tokens, max(64, CHUNK_BYTES // (size * shape.vocabulary))) * shape.vocabulary
-    head = 2 * size * logits + shape.vocabulary * shape.hidden * ((2 if bf16 else 0) + (0 if lora else 4))
-    return {"weights": weights, "gradients": gradients, "optimizer": states + 2 * 4 * largest // share,
-            "activations": int(activations) + gathered, "head": head, "libraries": LIBRARIES}
+    logits = min(load.trained, max(64, CHUNK_BYTES // (size * shape.vocabulary))) * shape.vocabulary
+    rounded = 2 if bf16 else 0  # of the matrix, and of its gradient
+    head = size * logits + shape.vocabulary * shape.hidden * (rounded + (0 if lora else 4 + rounded))
+    return {"weights": weights, "gradients": gradients, "optimizer": states, "activations": int(activations) + gathered,
+            "head": head, "libraries": LIBRARIES}
 
 
 def spoken(parts: Mapping[str, int], checked: bool) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from common.chat import Chat, Encoded
 from common.material import Material
-from common.memory import needed, shape_of, spoken
+from common.memory import largest_load, needed, shape_of, spoken
 from common.plan import describe
 from common.zero import is_zero
 
@@ -57,17 +57,18 @@ def describe_plan(material: Material) -> str:
     return describe(material.plan.summary())
 
 
-def describe_memory(run: Run, base: object, chat: Chat) -> str:
+def describe_memory(run: Run, base: object, chat: Chat, material: Material) -> str:
     """What a process will need beside what it holds before the model `base` (a configuration) is loaded."""
     config, state = run.config, run.accelerator.state
     shape = shape_of(base, len(chat.tokenizer))
     sharded = getattr(state, "fsdp_plugin", None) is not None or is_zero()
-    parts = needed(shape, lora_r=config.lora_r if config.use_lora else None,
-                   tokens=config.per_device_train_batch_size * config.max_seq_length,
+    on_cpu = run.accelerator.device.type == "cpu"
+    load = largest_load(material.plan, config.per_device_train_batch_size, on_cpu)
+    parts = needed(shape, load, lora_r=config.lora_r if config.use_lora else None,
                    bf16=run.accelerator.mixed_precision != "no", checkpointing=config.gradient_checkpointing,
                    in_4bit=config.load_in_4bit, optim=config.optim, processes=run.accelerator.num_processes,
                    sharded=sharded)
-    return spoken(parts, checked=run.accelerator.device.type == "cpu" and not sharded)
+    return spoken(parts, checked=on_cpu and not sharded)
 
 
 def mark_trained(encoded: Encoded, chat: Chat, colour: bool | None = None) -> str:
