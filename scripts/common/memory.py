@@ -98,13 +98,14 @@ class Load:
 
 def largest_load(plan: Plan, rows: int, on_cpu: bool) -> Load:
     """The most of each kind that the first micro-batch of so many rows holds in any step: it has the longest rows."""
-    per_example = (plan.lengths, plan.trained, kept_pairs(plan.lengths) if on_cpu else np.zeros_like(plan.lengths))
+    pairs = kept_pairs(np.arange(plan.lengths.max(initial=0) + 1)) * on_cpu  # of each length
     per_step = np.diff(plan.step_bounds)
     step_of, place = (np.repeat(each, per_step) for each in (np.arange(plan.n_steps), plan.step_bounds[:-1]))
     first = np.arange(len(step_of)) - place < rows
     found = []
-    for each in per_example:
-        per_row = np.add.reduceat(each[plan.draws], plan.row_bounds[:-1], dtype=np.int64)
+    for of_example, of_value in ((plan.lengths, None), (plan.trained, None), (plan.lengths, pairs)):
+        drawn = of_example[plan.draws]
+        per_row = np.add.reduceat(drawn if of_value is None else of_value[drawn], plan.row_bounds[:-1], dtype=np.int64)
         per_row = per_row[np.lexsort((-per_row, step_of))]
         found.append(int(np.add.reduceat(np.where(first, per_row, 0), plan.step_bounds[:-1]).max(initial=0)))
     return Load(*found)

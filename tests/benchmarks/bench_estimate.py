@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_estimate.py [--models tiny small] [--rows 1 4] [--lengths 1024] [--examples short]
 
 Every case is 03_sft.py in a process of its own, two steps on full rows of short examples, or of one long example each,
-with a vocabulary of 32k. Measured is the peak
-of resident memory (VmHWM) from the loading of the model on, above what the process held before. Linux.
+with a vocabulary of 32k. Measured is the peak of resident memory (VmHWM) from the loading of the model on, above what
+the process held before. Linux.
 """
 from __future__ import annotations
 
