@@ -23,13 +23,17 @@ LONGEST_KEPT = 1024  # keys up to which the probabilities of a query are kept (4
 def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                      attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
                      sliding_window: int | None = None, cu_seq_lens_q: torch.Tensor | None = None,
-                     max_length_q: int | None = None, **_: object) -> tuple[torch.Tensor, None]:
+                     max_length_q: int | None = None, softcap: float | None = None,
+                     s_aux: torch.Tensor | None = None, **_: object) -> tuple[torch.Tensor, None]:
     """Causal attention inside each segment. query (B, heads, T, D), key and value (B, kv heads, T, D) -> (B, T, heads,
     D).
 
     CUDA: torch's own varlen kernel (half precision). CPU: one small causal attention per segment, which beats a masked
     T x T attention 2.5 times at 16 segments in 2,048 tokens; in training CausalBlocks where that is possible.
+    NotImplementedError for scores that are capped (Gemma 2) and for sinks (gpt-oss).
     """
+    if softcap is not None or s_aux is not None:
+        raise NotImplementedError("scores are capped" if s_aux is None else "attention has sinks")
     if cu_seq_lens_q is None:
         raise RuntimeError("packed attention without segment bounds: use sdpa for generation")
     out_dtype = value.dtype
@@ -140,6 +144,14 @@ def _varlen_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bo
     gqa = {"enable_gqa": query.shape[1] != key.shape[1]} if takes_gqa else {}
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling,
                        window_size=(window - 1, 0) if window else (-1, 0), **gqa)
+
+
+def set_ordinary_attention(model: nn.Module) -> None:
+    """Set a model to transformers' own attention: sdpa, or eager where the model has no sdpa (Gemma 2, gpt-oss)."""
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        model.set_attn_implementation("eager")
 
 
 AttentionInterface.register(PACKED, packed_attention)

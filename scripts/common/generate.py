@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from common.attention import set_ordinary_attention
 from common.faults import NotFinite, UserError
 
 # Parameters. Below, the work of one token does not pay for waking a second thread: 3 x 128, 32 rows, two busy cores
@@ -103,10 +104,7 @@ def ordinary_attention(causal_lm: nn.Module) -> Iterator[None]:
     if name != "sft_packed":
         yield
         return
-    try:
-        causal_lm.set_attn_implementation("sdpa")
-    except ValueError:  # a model without sdpa
-        causal_lm.set_attn_implementation("eager")
+    set_ordinary_attention(causal_lm)
     try:
         yield
     finally:

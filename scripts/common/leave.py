@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from common.attention import set_ordinary_attention
 from common.card import model_card, modelfile
 from common.chat import Chat
 from common.checkpoint import atomic_json, atomic_write, verify
@@ -153,7 +154,7 @@ def show_answers(run: Run, chat: Chat) -> None:
         asked = [[{"role": "user", "content": p}] for p in BUILT_IN_PROMPTS[:config.num_gen_samples]]
         cases = [Case(Row(i, turns), "built-in", turns, None) for i, turns in enumerate(asked, 1)]
     model = run.loss_model.causal_lm.eval()
-    model.set_attn_implementation("sdpa")
+    set_ordinary_attention(model)
     answers, texts = answer(model, chat, cases, Options(max_new_tokens=config.max_new_tokens), continued=True)
     lines = []
     for case, one, text in zip(cases, answers, texts):

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from common.chat import Chat, load_tokenizer
 from common.config import is_hub_name
@@ -235,6 +237,8 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) ->
     names = {name.rpartition(".")[2]: module for name, module in model.named_modules()
              if module in (model.get_input_embeddings(), model.get_output_embeddings())}
     saved = set(config.modules_to_save or [])
+    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
+                     if isinstance(module, (nn.Linear, Conv1D)) and module is not model.get_output_embeddings()})
     tied = len({id(module.weight) for module in names.values()}) < len(names)
     whole = set(names) if tied and saved & set(names) else saved  # tied: what trains one whole trains the other
     rows = {name: token_ids for name in names if name not in whole} if token_ids else None
@@ -245,9 +249,14 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) ->
             use_rslora=config.use_rslora, use_dora=config.use_dora, task_type="CAUSAL_LM",
             trainable_token_indices=rows or None, ensure_weight_tying=tied and bool(saved & set(names))))
     except ValueError as fault:
-        leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise UserError(f"--lora_target_modules {config.lora_target_modules}: {str(fault).splitlines()[0]:.200} "
-                        f"This model has {', '.join(leaves)}.") from None
+        reason = str(fault).splitlines()[0]
+        if "ParamWrapper does not work with" in reason:  # experts in one tensor, to which no module is given its input
+            raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: adapters on the experts of "
+                            f"a {model.config.model_type} model know neither dropout nor DoRA. Set --lora_dropout 0 "
+                            f"without --use_dora, or leave the experts alone with --lora_target_modules "
+                            f"{' '.join(linear)}.") from None
+        raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: {reason:.200} "
+                        f"This model has {', '.join(linear)}.") from None
 
 
 def save_adapter(model: nn.Module, directory: Path, weights: dict | None = None) -> None:
@@ -260,6 +269,25 @@ def save_full(model: nn.Module, directory: Path, dtype: torch.dtype, weights: di
     """Write config, generation_config and weights, rounded to `dtype`, without touching the model in memory."""
     rounded = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
     rounded.save_pretrained(str(directory), state_dict=weights)
+
+
+def read_full(model: PreTrainedModel, directory: Path) -> set[str]:
+    """Read what `save_full` wrote into a model of the same form; return the names of weights that do not fit.
+
+    Files have the names and shapes of the architecture's published models. Where transformers holds them otherwise
+    (GPT-NeoX's head is called differently, the experts of a mixture lie in one tensor), it loads them itself, into a
+    second model.
+    """
+    if getattr(model, "_weight_conversions", None) == []:  # set by from_pretrained: nothing had to be converted
+        state, wrong = {}, set()
+        for file in directory.glob("*.safetensors"):
+            state.update(load_file(str(file)))
+    else:
+        found, info = _from_pretrained(type(model), str(directory), dtype=torch.float32, use_safetensors=True,
+                                       output_loading_info=True)
+        state, wrong = found.state_dict(), {*info["missing_keys"], *info["unexpected_keys"]}
+    result = model.load_state_dict(state, strict=False)
+    return wrong | set(result.unexpected_keys) | (set(result.missing_keys) - set(model.all_tied_weights_keys or ()))
 
 
 def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.dtype, samples: list[list[int]]) -> dict:

@@ -33,6 +33,7 @@ from common.model import (
     find_model,
     load_model,
     model_config,
+    read_full,
     save_adapter,
     save_full,
     saved_dtype,
@@ -337,23 +338,18 @@ def write_model(run: Run, chat: Chat, directory: Path, dtype: torch.dtype, weigh
 
 def read_weights(run: Run, directory: Path) -> None:
     """Load the trained weights of a checkpoint into the model; every one of them must be there."""
-    from safetensors.torch import load_file
-
-    model, state = run.loss_model.model, {}
+    model = run.loss_model.model
     if has_shards(directory):
         return read_shards(run.loss_model, None, directory)
-    for file in sorted(directory.glob("*.safetensors")):
-        state.update(load_file(str(file)))
     if run.config.use_lora:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from safetensors.torch import load_file
 
-        expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-        wrong = expected ^ set(state)
+        state = load_file(str(directory / "adapter_model.safetensors"))
+        wrong = set(get_peft_model_state_dict(model, save_embedding_layers=False)) ^ set(state)
         set_peft_model_state_dict(model, state)
     else:
-        result = model.load_state_dict(state, strict=False)
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        wrong = set(result.unexpected_keys) | (set(result.missing_keys) - tied)
+        wrong = read_full(model, directory)
     if wrong:
         raise UserError(f"{directory}: the checkpoint does not fit the model ({len(wrong)} weights differ, for example "
                         f"{sorted(wrong)[0]}). Resume with the settings the run was started with.")
@@ -373,13 +369,13 @@ def restore(run: Run, directory: Path) -> None:
     if has_shards(directory):
         read_shards(run.loss_model, run.optimizer, directory)
     else:
+        if not (is_sharded(run.accelerator) or is_zero()):
+            read_weights(run, directory)
         # through the CPU: "cpu:0", the device of several processes without GPU, is no place that torch.load knows
         saved = torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True)
         if is_sharded(run.accelerator):
             spread_optimizer(run.optimizer, saved)
         else:
-            if not is_zero():
-                read_weights(run, directory)
             run.optimizer.load_state_dict(saved)
     run.state = read_state(directory)
     run.say(f"resumed from {directory}: step {run.state.step:,}")

@@ -362,6 +362,7 @@ def whole_model(run: Run) -> LossModel:
         if head is not None and head.weight is not causal_lm.get_input_embeddings().weight:
             config.tie_word_embeddings = False  # a file that holds both goes before what its configuration says
         whole = bare = type(causal_lm)._from_config(config, dtype=torch.float32)
+        whole._weight_conversions = getattr(causal_lm, "_weight_conversions", None)  # names of weights in files
     else:
         from peft import get_peft_model
 
