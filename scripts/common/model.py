@@ -242,6 +242,11 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) ->
     tied = len({id(module.weight) for module in names.values()}) < len(names)
     whole = set(names) if tied and saved & set(names) else saved  # tied: what trains one whole trains the other
     rows = {name: token_ids for name in names if name not in whole} if token_ids else None
+    for name in rows or ():
+        if getattr(names[name], "bias", None) is not None:  # PEFT 0.21 computes such a head without its bias
+            raise UserError(f"--use_lora: the head of a {model.config.model_type} model has a bias, beside which rows "
+                            f"of new tokens cannot be trained. Set --modules_to_save {name}, take a --prompt_template "
+                            "without new tokens (instruct), or --no_lora.")
     try:
         return get_peft_model(model, LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets,
