@@ -61,7 +61,7 @@ def logits(path: Path) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("name", ["gpt_neox", "qwen3_moe"])
 def test_a_resumed_run_ends_as_the_uninterrupted_one_in_the_names_of_the_base(train, tmp_path, shared, name):
     """Bug: the checkpoint of a full fine-tuning does not fit its own model (a head that is renamed, experts that are
     split when they are saved), so that nothing can go on from it; or a final model that only this library reads."""
@@ -96,7 +96,6 @@ def test_experts_know_no_dropout(train, tmp_path):
     ran = train("qwen3_moe", tmp_path / "run")
     assert ran.status == 2 and "Set --lora_dropout 0" in ran.err and "k_proj o_proj q_proj v_proj." in ran.err
     assert not (tmp_path / "run" / "run.json").exists()
-    train("qwen3_moe", tmp_path / "run", "--lora_target_modules", "q_proj", "v_proj").ok()
 
 
 def test_targets_that_are_not_there_name_what_there_is(train, tmp_path):

@@ -35,7 +35,7 @@ def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
     if softcap is not None or s_aux is not None:
         raise NotImplementedError("scores are capped" if s_aux is None else "attention has sinks")
     if cu_seq_lens_q is None:
-        raise RuntimeError("packed attention without segment bounds: use sdpa for generation")
+        raise NotImplementedError("it is not told the segment bounds: use sdpa")
     out_dtype = value.dtype
     if query.is_cuda:
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast: rotary embeddings promote q and k to fp32

@@ -371,7 +371,7 @@ def choose_attention(loss_model: LossModel, examples: list[Encoded], pad_id: int
         try:
             model.set_attn_implementation(name)
         except (ImportError, ValueError) as fault:
-            lines.append(f"attention {name}: not available ({str(fault).splitlines()[0]})")
+            lines.append(f"attention {name}: not available ({str(fault).splitlines()[0]:.60} …)")
             continue
         loss_model.attention = name
         for plain, whole in ((True, True),) if capped else ((False, False), (False, True), (True, True)):
