@@ -5,6 +5,7 @@ the bounds of the segments come with every call.
 """
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Iterator
@@ -131,8 +132,14 @@ def _probabilities(query: torch.Tensor, key: torch.Tensor, scaling: float) -> to
     heads, count, _ = query.shape
     scores = query.new_empty(heads, count, key.shape[1])
     torch.baddbmm(scores, query, key.mT, beta=0, alpha=scaling, out=scores)
-    scores[..., -count:] += torch.full((count, count), -math.inf).triu_(1)
+    scores[..., -count:] += _later(BLOCK)[:count, :count]
     return torch.softmax(scores, -1, out=scores)
+
+
+@functools.cache
+def _later(size: int) -> torch.Tensor:
+    """(size, size): -inf where the key comes after the query."""
+    return torch.full((size, size), -math.inf).triu_(1)
 
 
 def _varlen_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
