@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common.attention import PACKED
 from common.chat import Encoded
 from common.faults import UserError
-from common.loss import LossModel, choose_attention
+from common.loss import LossModel
+from common.probe import choose_attention
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.1,

@@ -160,8 +160,8 @@ def test_a_broken_model_is_named_not_decoded(llama: torch.nn.Module) -> None:
 
 def test_losses_do_not_depend_on_the_batch(llama: torch.nn.Module, tiny_model: str, spm_unigram: str) -> None:
     """Guards against padding or neighbours in the loss; equal to 1e-7 relative, and to the model's own full logits."""
-    from common.loss import reference_losses
     from common.model import load_model
+    from common.probe import reference_losses
 
     chat = load_chat(spm_unigram, "instruct")
     model = load_model(tiny_model).eval()

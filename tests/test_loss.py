@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common.attention import PACKED
 from common.chat import Encoded
 from common.faults import UserError
-from common.loss import HeadLoss, LossModel, batch_inputs, choose_attention, make_batch, reference_losses
+from common.head import HeadLoss
+from common.loss import LossModel, batch_inputs, make_batch
+from common.probe import choose_attention, reference_losses
 
 
 def example(length: int, seed: int, share: float = 0.5, vocabulary: int = 64) -> Encoded:
@@ -105,7 +107,7 @@ def test_head_loss_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch)
     expected = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
     wanted = torch.autograd.grad(expected, (hidden, weight))
     for size in (1, 4 * 50 * 100, 10**9):
-        monkeypatch.setattr("common.loss.CHUNK_BYTES", size)
+        monkeypatch.setattr("common.head.CHUNK_BYTES", size)
         loss = HeadLoss.apply(hidden, weight, None, targets, torch.float32)
         found = torch.autograd.grad(loss, (hidden, weight))
         torch.testing.assert_close(loss.item(), expected.item(), rtol=1e-6, atol=0)

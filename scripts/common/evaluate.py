@@ -14,7 +14,8 @@ import numpy as np
 from common.chat import Chat, Encoded
 from common.faults import NotFinite
 from common.generate import Generated, context_limit, fitting_threads, generate
-from common.loss import LossModel, choose_attention, make_batch
+from common.loss import LossModel, make_batch
+from common.probe import choose_attention
 from common.rows import Row
 from common.scores import (
     METRICS,

@@ -10,9 +10,10 @@ from common.chat import Chat
 from common.checkpoint import checkpoints, step_of, verify
 from common.config import differences, to_dict
 from common.faults import UserError
-from common.loss import LossModel, choose_attention, make_batch
+from common.loss import LossModel, make_batch
 from common.material import Material
 from common.model import add_tokens, find_model, load_model
+from common.probe import choose_attention
 from common.run import Run, fingerprints
 from common.rundir import fingerprint_differences, refuse_changes
 from common.settings import SftConfig

@@ -8,23 +8,18 @@ told the segments' bounds (our own, flash-attn) or finds them in the positions (
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.attention import PACKED, set_ordinary_attention
+from common.attention import PACKED
 from common.chat import Encoded
-from common.faults import UserError
-
-CHUNK_BYTES = 2**26  # logits that exist at a time: enough for full GEMM speed, and for a row of 1,024 at 32k in bf16
-BLOCK_ELEMENTS = 2**19  # logits whose softmax is taken at a time on CPU (2 MiB in fp32)
-SMALL_SHARE = 1e-30  # below it fp32 loses digits of a probability: its logarithm is taken from the logits
+from common.head import HeadLoss, LastLayer, chunks, logits_of
 
 
 @dataclass
@@ -85,137 +80,6 @@ def make_batch(rows: list[list[Encoded]], pad_id: int, pad_to_multiple_of: int =
                  int(np.diff(bounds).max()), join(owners))
 
 
-class HeadLoss(torch.autograd.Function):
-    """Sum of cross entropies of hidden states against a vocabulary matrix, chunk by chunk; the gradient is computed in
-    the forward pass, so no logits are kept (the idea of Liger-Kernel's fused linear cross entropy, arXiv:2410.10989).
-
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> float64 scalar. GEMMs run in `dtype`, the softmax
-    in fp32, the sum in fp64. The gradient of the logits is softmax - onehot(target); the target is taken off the
-    products with it, which are V / H times smaller.
-    """
-
-    @staticmethod
-    def forward(ctx: object, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        need_h, need_w, need_b = ctx.needs_input_grad[:3]
-        matrix = weight.detach().to(dtype)
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        d_hidden, d_weight, d_bias = torch.empty_like(hidden) if need_h else None, None, None
-        for start, end in _chunks(len(targets), len(weight), dtype):
-            part, wanted = hidden[start:end].detach().to(dtype), targets[start:end]
-            logits = part @ matrix.t() if bias is None else _logits(part, matrix, bias)  # (chunk, V)
-            total += _to_shares(logits, wanted).sum(dtype=torch.float64)
-            shares = logits.to(dtype)
-            if need_b:
-                d_bias = _sum(d_bias, shares.sum(0, dtype=torch.float32))
-                d_bias.index_add_(0, wanted, torch.full(wanted.shape, -1.0, device=wanted.device))
-            if need_h:
-                d_hidden[start:end] = shares @ matrix - matrix[wanted]
-            if need_w:
-                d_weight = _sum(d_weight, shares.t() @ part)
-                d_weight.index_add_(0, wanted, part.float(), alpha=-1)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.weight_dtype = weight.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx: object, grad: torch.Tensor) -> tuple:
-        # in place: nobody else has them, and a second pass over the same graph is refused by autograd
-        scale = lambda d, dtype: None if d is None else d.mul_(grad.to(d.dtype)).to(dtype)
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
-        return (scale(d_hidden, d_hidden.dtype if d_hidden is not None else None), scale(d_weight, ctx.weight_dtype),
-                scale(d_bias, ctx.weight_dtype), None, None)
-
-
-def _chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Where chunks of equal size begin and end, such that the logits of one take at most CHUNK_BYTES. No rows are one
-    empty chunk."""
-    most = max(64, CHUNK_BYTES // (vocabulary * dtype.itemsize))
-    size = -(-rows // max(1, -(-rows // most)))
-    return [(start, min(start + size, rows)) for start in range(0, max(1, rows), max(1, size))]
-
-
-def _to_shares(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Replace logits (N, V) by their softmax; return the losses in nats, fp32 (N,)."""
-    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    # on CPU so many rows at a time that their fp32 copy stays in the second-level cache
-    block = len(logits) if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
-    for start in range(0, len(logits), block):
-        rows = slice(start, start + block)
-        own, wanted = logits[rows], targets[rows, None]
-        shares = torch.softmax(own, 1, dtype=torch.float32)
-        chosen = shares.gather(1, wanted)[:, 0]
-        if logits.is_cuda or chosen.min() < SMALL_SHARE:  # (a look at a number would make the GPU wait)
-            nats = own.amax(1).float() - shares.amax(1).log() - own.gather(1, wanted)[:, 0].float()
-        else:
-            nats = -chosen.log()
-        losses[rows] = nats
-        logits[rows] = shares
-    return losses
-
-
-def _sum(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
-    """total + more in fp32, in place where there is a total."""
-    if total is None:
-        return more.float()
-    # on CPU so many rows at a time that the fp32 copy of `more` stays in the cache
-    for own, part in zip(*(x.split(len(x) if x.is_cuda else 2048) for x in (total, more))):
-        own.add_(part)
-    return total
-
-
-def _logits(hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    logits = (hidden @ matrix.t()).float()
-    return logits if bias is None else logits.add_(bias.detach().float())
-
-
-class LastLayer:
-    """What follows the keys and values of the last layer, computed only at the positions whose hidden state is wanted:
-    nothing else reads the others. Its modules that treat each position by itself are given those positions alone, and
-    their output is 0 elsewhere.
-    """
-
-    def __init__(self, model: nn.Module):
-        layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), [None])
-        found = (reduce(lambda part, name: getattr(part, name, None), path, layers[-1])
-                 for path in (("self_attn", "q_proj"), ("self_attn", "o_proj"), ("mlp",)))
-        self.modules = [module for module in found if module is not None and _arguments(module) == 1]
-        self.wanted: tuple[torch.Tensor, torch.Size] | None = None  # positions in the flattened (B, T), and that shape
-        for module in self.modules:
-            module.register_forward_pre_hook(self._take)
-            module.register_forward_hook(self._put)
-
-    @contextmanager
-    def only(self, positions: torch.Tensor, shape: torch.Size) -> Iterator[None]:
-        self.wanted = positions, shape
-        try:
-            yield
-        finally:
-            self.wanted = None
-
-    def _take(self, _: nn.Module, inputs: tuple) -> tuple | None:
-        """(B, T, H) -> (1, N, H)"""
-        if self.wanted is None:
-            return None
-        return inputs[0].flatten(0, 1).index_select(0, self.wanted[0])[None], *inputs[1:]
-
-    def _put(self, _: nn.Module, __: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple | None:
-        """(1, N, H) -> (B, T, H)"""
-        if self.wanted is None:
-            return None
-        if isinstance(output, tuple):  # gpt-oss gives the scores of its experts as well
-            return self._put(_, __, output[0]), *output[1:]
-        positions, shape = self.wanted
-        whole = output.new_zeros(shape.numel(), output.shape[-1])
-        return whole.index_copy(0, positions, output[0]).unflatten(0, shape)
-
-
-def _arguments(module: nn.Module) -> int:
-    """The number of arguments that a module's forward must be given."""
-    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-               for p in inspect.signature(module.forward).parameters.values())
-
-
 class LossModel(nn.Module):
     """A causal language model whose forward is the loss: accelerate, DDP and FSDP wrap this, so their hooks all run.
 
@@ -267,9 +131,9 @@ class LossModel(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             matrix = None if weight is None else weight.to(dtype)
             vocabulary = states.shape[1] if matrix is None else len(matrix)
-            for start, end in _chunks(len(batch.targets), vocabulary, torch.float32):
+            for start, end in chunks(len(batch.targets), vocabulary, torch.float32):
                 part, wanted = states[start:end], batch.targets[start:end]
-                logits = part.float() if matrix is None else _logits(part.to(dtype), matrix, bias)
+                logits = part.float() if matrix is None else logits_of(part.to(dtype), matrix, bias)
                 losses.append(F.cross_entropy(logits, wanted, reduction="none"))
                 hits.append(logits.argmax(1) == wanted)
         return torch.cat(losses), torch.cat(hits)
@@ -326,95 +190,3 @@ def batch_inputs(batch: Batch) -> dict:
     """What LossModel.forward takes, as keywords (plain tensors, so that every wrapper can pass them on)."""
     names = ("input_ids", "position_ids", "positions", "targets", "bounds", "longest")
     return {name: getattr(batch, name) for name in names}
-
-
-@torch.no_grad()
-def reference_losses(model: nn.Module, examples: list[Encoded]) -> list[np.ndarray]:
-    """Per-token losses of each example alone, unpacked, through the model's own forward and full logits.
-
-    model: a LossModel (its weights may be spread over processes) or the causal language model itself.
-    """
-    forward = getattr(model, "whole_logits", None) or (lambda ids: model(input_ids=ids, use_cache=False).logits)
-    losses = []
-    for encoded in examples:
-        ids = torch.from_numpy(encoded.input_ids.astype(np.int64))[None].to(next(model.parameters()).device)
-        logits = forward(ids)[0, :-1].float()
-        keep = torch.from_numpy(encoded.trained[1:].copy()).to(ids.device)
-        losses.append(F.cross_entropy(logits[keep], ids[0, 1:][keep], reduction="none").cpu().numpy())
-    return losses
-
-
-def choose_attention(loss_model: LossModel, examples: list[Encoded], pad_id: int, asked: str,
-                     packing: bool) -> list[str]:
-    """Set the attention path and prove it on real examples: packed and apart they must give the same losses.
-
-    asked: auto | packed | sdpa | eager | flash_attention_2. Returns lines for the log. Raises UserError when a path
-    that was asked for leaks or is not there, or when no path keeps this model's examples apart. Call it under the
-    autocast of training: the path that is chosen, and what is proven, depend on it.
-    """
-    model, lines, half = loss_model.causal_lm, [], _computes_in_half(loss_model.causal_lm)
-    device = next(model.parameters()).device
-    names = {"auto": _preferences(model), "packed": [PACKED]}.get(asked, [asked])
-    was_training = loss_model.training
-    loss_model.eval()
-    if model.config._attn_implementation == PACKED:
-        set_ordinary_attention(model)
-    reference = np.concatenate(reference_losses(loss_model, examples))
-    if stateful := getattr(model, "_is_stateful", False):  # Mamba: a small leak would pass for rounding
-        names = [name for name in names if name in ("sdpa", "eager")]
-    if stateful and packing:
-        raise UserError(f"model {model.config.model_type}: its state passes from one example of a row to the next. "
-                        "Train with --no_packing.")
-    rows = [examples] if packing else [[e] for e in examples]
-    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # small logits would not show it
-    for name in names:
-        try:
-            model.set_attn_implementation(name)
-        except (ImportError, ValueError) as fault:
-            lines.append(f"attention {name}: not available ({str(fault).splitlines()[0]:.60} …)")
-            continue
-        loss_model.attention = name
-        for plain, whole in ((True, True),) if capped else ((False, False), (False, True), (True, True)):
-            loss_model.plain_head, loss_model.whole_layers = plain, whole
-            batch = make_batch(rows, pad_id, len(examples[0].input_ids) + 3, loss_model.flat).to(device)
-            try:
-                found = loss_model.token_losses(batch)[0].cpu().numpy()
-            except NotImplementedError as fault:
-                lines.append(f"attention {_spoken(name)}: not for this model ({fault})")
-                break
-            apart = np.abs(found - reference) if len(found) else np.zeros(1)
-            difference = float(apart.max())
-            # half precision: two right paths differ by a rounding of a logit (up to 0.125 at 16 to 32) on single tokens
-            if difference <= 1e-3 or (half and difference <= 0.3 and apart.mean() <= 0.03):
-                head = "head at its own forward" if plain else (
-                    "head" if whole else "head and last layer") + " at trained positions only"
-                lines.append(f"attention {_spoken(name)}, {head}: {len(examples)} examples packed and apart "
-                             f"differ "
-                             f"by at most {difference:.1e} nats a token")
-                loss_model.train(was_training)
-                return lines
-        else:
-            lines.append(f"attention {_spoken(name)}: examples packed in a row see each other ({difference:.1e} nats a "
-                         f"token)")
-    raise UserError(f"model {model.config.model_type}: {'; '.join(lines)}. Choose another --attn_implementation, "
-                    "or train with --no_packing.")
-
-
-def _spoken(name: str) -> str:
-    return "packed (segment by segment)" if name == PACKED else name
-
-
-def _computes_in_half(model: nn.Module) -> bool:
-    """Whether its matrix products are done in 16 bits: by its own dtype, or under autocast here."""
-    parameter = next(model.parameters())
-    return parameter.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(parameter.device.type)
-
-
-def _preferences(model: nn.Module) -> list[str]:
-    from transformers.utils import is_flash_attn_2_available
-
-    half = _computes_in_half(model)
-    if next(model.parameters()).is_cuda:
-        fast = ["flash_attention_2"] if is_flash_attn_2_available() and half else []
-        return [*fast, *([PACKED] if half else []), "sdpa", "eager"]
-    return [PACKED, "sdpa", "eager"]

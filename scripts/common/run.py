@@ -22,7 +22,7 @@ from common.data import Part, Parts
 from common.faults import UserError
 from common.flops import Meter, make_meter
 from common.hub import commit_used
-from common.loss import LossModel, choose_attention
+from common.loss import LossModel
 from common.material import Material, gather, recommended_weights
 from common.memory import shape_of
 from common.model import (
@@ -39,6 +39,7 @@ from common.model import (
     saved_dtype,
     set_special_ids,
 )
+from common.probe import choose_attention
 from common.ranks import Watch, on_main, start_processes
 from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes
 from common.settings import SftConfig

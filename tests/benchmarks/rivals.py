@@ -223,10 +223,11 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
 
     from common.chat import Encoded
     from common.data import Split
-    from common.loss import LossModel, choose_attention
+    from common.loss import LossModel
     from common.material import Material
     from common.model import compile_layers
     from common.plan import Source, Stage, make_plan
+    from common.probe import choose_attention
     from common.settings import SftConfig
     from common.train import Batches, make_optimizer, train_step
 
