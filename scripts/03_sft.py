@@ -275,8 +275,7 @@ def prove_chat(config: SftConfig, chat: Chat, material: Material) -> list[str]:
                      + (f" ({found['ties']} ties of equal score)" if found["ties"] else ""))
     if found["changed"]:
         lines.append(f"tokenizer: {found['changed'] / found['texts']:.1%} of {found['texts']:,} texts do not come "
-                     f"back from "
-                     "decoding as they were (its normaliser changes case, newlines or spaces)")
+                     "back from decoding as they were (its normaliser changes case, newlines or spaces)")
     if found["template_rows"]:
         same = found["template_rows"] - found["template_differs"]
         # known and counted: joints that were encoded apart, and what SentencePiece and its twin may differ in

@@ -47,8 +47,7 @@ def main(argv: list[str]) -> int:
     run = Path(config.model_path) if config.model_path else Path(config.config_path).parent
     if not (run / "adapter_config.json").is_file():
         raise UserError(f"{run}: no adapter here (adapter_config.json is missing). Full fine-tuning leaves a whole "
-                        f"model; "
-                        "there is nothing to merge.")
+                        "model; there is nothing to merge.")
     output = Path(config.output_dir) if config.output_dir else run / "merged"
     if output.exists() and not config.overwrite_output_dir:
         raise UserError(f"{output}: is there already. --overwrite_output_dir replaces it, --output_dir leaves it "

@@ -134,8 +134,7 @@ def _four_bits() -> object:
 
     if find_spec("bitsandbytes") is None:
         raise UserError("--load_in_4bit: the package bitsandbytes is not installed. Install it (pip install "
-                        "bitsandbytes), "
-                        "or leave --load_in_4bit out.")
+                        "bitsandbytes), or leave --load_in_4bit out.")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=torch.bfloat16)
 
@@ -156,8 +155,7 @@ def check_vocabulary(config: object, chat: Chat, model_path: str) -> None:
     rows = config.get_text_config().vocab_size
     if known > rows:
         raise UserError(f"{model_path}: the model knows {rows:,} token ids, the tokenizer {known:,}: it belongs to "
-                        f"another "
-                        "model. Give the model's own tokenizer with --tokenizer_path.")
+                        "another model. Give the model's own tokenizer with --tokenizer_path.")
     place = find_model(model_path)
     beside = next((directory for directory in filter(None, (place.adapter, place.base)) for name in (
         "tokenizer.json", "tokenizer.model") if (Path(directory) / name).exists()), None)
@@ -167,13 +165,11 @@ def check_vocabulary(config: object, chat: Chat, model_path: str) -> None:
         differ = [t for t, i in own.items() if mine.get(t, i) != i or (t not in mine and len(mine) >= len(own))]
         if differ:
             raise UserError(f"{model_path}: its own tokenizer and the one given disagree on {len(differ):,} of "
-                            f"{len(own):,} "
-                            f"tokens (for example {differ[0]!r}). Give the tokenizer the model was trained with.")
+                            f"{len(own):,} tokens (for example {differ[0]!r}). Give the tokenizer the model was trained with.")
         chat.added_tokens = [token for token in chat.added_tokens if token not in own]
     elif rows - known > SPARE_ROWS:
         raise UserError(f"{model_path}: the model has {rows:,} token ids and the tokenizer only {known:,}: it belongs "
-                        f"to "
-                        "another model. Give the model's own tokenizer with --tokenizer_path.")
+                        "to another model. Give the model's own tokenizer with --tokenizer_path.")
 
 
 def add_tokens(model: PreTrainedModel, chat: Chat, seed: int) -> tuple[list[int], bool]:

@@ -158,8 +158,7 @@ def train_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: torc
 def _not_finite(step: int, loss: float, norm: float, places: list[str]) -> str:
     shown = ", ".join(places[:20]) + (f" and {len(places) - 20} more" if len(places) > 20 else "")
     return (f"step {step + 1}: loss {loss}, gradient norm {norm}. Stopped before the optimizer step; the newest "
-            f"checkpoint "
-            f"is whole. Rows: {shown}. Look at these rows, or lower learning_rate.")
+            f"checkpoint is whole. Rows: {shown}. Look at these rows, or lower learning_rate.")
 
 
 def evaluation_rows(datasets: list[Dataset], sides: list[np.ndarray], max_seq_length: int,
