@@ -165,7 +165,8 @@ def check_vocabulary(config: object, chat: Chat, model_path: str) -> None:
         differ = [t for t, i in own.items() if mine.get(t, i) != i or (t not in mine and len(mine) >= len(own))]
         if differ:
             raise UserError(f"{model_path}: its own tokenizer and the one given disagree on {len(differ):,} of "
-                            f"{len(own):,} tokens (for example {differ[0]!r}). Give the tokenizer the model was trained with.")
+                            f"{len(own):,} tokens (for example {differ[0]!r}). Give the tokenizer that the model was "
+                            "trained with.")
         chat.added_tokens = [token for token in chat.added_tokens if token not in own]
     elif rows - known > SPARE_ROWS:
         raise UserError(f"{model_path}: the model has {rows:,} token ids and the tokenizer only {known:,}: it belongs "
