@@ -88,7 +88,8 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     run.say(*show.show_example(material, chat))
     run.say(*prove_chat(config, chat, material))
     if config.export_rendered and run.main:
-        run.say(leave.export_rendered(config.export_rendered, material, chat))
+        with run.watch.alive():
+            run.say(leave.export_rendered(config.export_rendered, material, chat))
     if config.dry_run:
         return 0
     if asked := stop.asked(run.accelerator):
@@ -123,7 +124,8 @@ def fetch_all(run: Run, weights: bool) -> None:
     if run.accelerator.process_index == run.accelerator.local_process_index:
         config.commits, config.places = commits, places
     else:  # on another machine, whose cache may be another
-        fetch(config, commits, weights)
+        with run.watch.alive():
+            fetch(config, commits, weights)
     run.say(*lines)
 
 
@@ -215,6 +217,7 @@ def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
 
 def resume_command(run: Run) -> str:
     """The command that continues this run."""
+    from common.ranks import launcher_words, typed_launch
     from common.sharded import is_sharded
     from common.zero import is_zero
 
@@ -222,6 +225,9 @@ def resume_command(run: Run) -> str:
     words = [word for before, word in zip(["", *run.argv], run.argv)
              if not word.startswith(("--overwrite_output_dir", "--resume_from_checkpoint"))
              and (word.startswith("--") or before != "--resume_from_checkpoint")] + ["--resume_from_checkpoint"]
+    if typed := typed_launch(launcher_words(), sys.argv[0]):
+        on_cpu = ["ACCELERATE_USE_CPU=true"] if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else []
+        return shlex.join([*on_cpu, *typed, sys.argv[0], *words])
     precision = run.accelerator.mixed_precision
     n = run.accelerator.num_processes
     file = "deepspeed_zero3" if is_zero() else "fsdp2" if is_sharded(run.accelerator) else None

@@ -19,10 +19,11 @@ from types import SimpleNamespace
 
 import pytest
 from forks import SCRIPTS, Bench, Child, hold_at, make_bench, warm
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from common.checkpoint import numbered, read_state, verify
 from common.faults import UserError
-from common.ranks import asked_for, check_launch
+from common.ranks import Watch, asked_for, check_launch, typed_launch
 from common.rundir import read_status
 from common.settings import SftConfig
 
@@ -305,7 +306,8 @@ def test_evaluating_shards_is_refused_with_the_way_out(tmp_path):
 def accelerator_like(kind: str, precision: str = "bf16", **plugin: object) -> SimpleNamespace:
     from accelerate.utils import DistributedType
 
-    given = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "activation_checkpointing": False} | plugin
+    given = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "activation_checkpointing": False,
+             "cpu_offload": None} | plugin
     return SimpleNamespace(distributed_type=DistributedType(kind), parallelism_config=None, mixed_precision=precision,
                            state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**given)))
 
@@ -317,7 +319,8 @@ def accelerator_like(kind: str, precision: str = "bf16", **plugin: object) -> Si
     (("FSDP", "fp16", {}), {}, "mixed_precision fp16"), (("FSDP", "no", {}), {"load_in_4bit": True}, "4-bit"),
     (("FSDP", "no", {}), {"optim": "adafactor"}, "adamw"), (("FSDP", "no", {}), {"compile": True}, "--compile"),
     (("MEGATRON_LM", "no", {}), {}, "MEGATRON_LM"), (("FSDP", "bf16", {}), {}, None),
-    (("MULTI_GPU", "no", {}), {}, None)])
+    (("FSDP", "bf16", {"cpu_offload": CPUOffloadPolicy()}), {}, "fsdp_offload_params"),
+    (("NO", "fp16", {}), {}, "mixed_precision fp16"), (("MULTI_GPU", "no", {}), {}, None)])
 def test_what_an_engine_does_not_do_is_refused(found, config, finding):
     """An engine that carries on without a word: other rows, no check for NaN, embeddings that came apart."""
     from common.sharded import check_engine
@@ -349,6 +352,42 @@ def test_processes_that_were_asked_for(tmp_path, words, number):
     file = tmp_path / "a.yaml"
     file.write_text("distributed_type: MULTI_CPU\nnum_processes: 3\n")
     assert asked_for(words.format(file=file).split(), "s.py") == number
+
+
+@pytest.mark.parametrize("words, typed", [
+    ("/env/bin/python /env/bin/accelerate launch --config_file f.yaml s.py --x 3",
+     "accelerate launch --config_file f.yaml"),
+    ("python3 /env/bin/torchrun --nproc_per_node 2 s.py", "torchrun --nproc_per_node 2"),
+    ("bash s.py", None), ("accelerate launch other.py", None), ("", None)])
+def test_the_launch_as_it_was_typed(words, typed):
+    """A command to go on that starts other processes, or none: a user's own file, torchrun on a CPU."""
+    found = typed_launch(words.split(), "s.py")
+    assert (found and " ".join(found)) == typed
+
+
+def test_what_a_launcher_sets_beside_the_processes_has_no_say():
+    """`auto`, which DeepSpeed's file passes on, ends in a traceback; 4 divides each loss once more; an Apple GPU has no
+    float64."""
+    code = ("import sys, torch; sys.path.insert(0, 'scripts'); torch.backends.mps.is_available = lambda: True\n"
+            "from common.ranks import start_processes; from common.settings import SftConfig\n"
+            "found = start_processes(SftConfig(model_path='m', dataset_paths=['d'], output_dir='o'))\n"
+            "print(found.gradient_accumulation_steps, found.device)")
+    for steps in ("auto", "4"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                              env={**os.environ, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": steps})
+        assert done.stdout.split() == ["1", "cpu"], done.stderr
+
+
+def test_long_work_of_one_process_is_no_hang():
+    """A download on the main process for longer than --rank_timeout_minutes ends a healthy job."""
+    notes = []
+    watch = Watch(SimpleNamespace(process_index=0, num_processes=1), 1 / 60)
+    watch.world, watch.store = 2, SimpleNamespace(set=lambda key, value: notes.append(json.loads(value)["marks"]))
+    with watch.alive():
+        time.sleep(0.9)
+    known = len(notes)
+    time.sleep(0.4)
+    assert known == len(notes) == 3 and notes == [1, 2, 3]
 
 
 def test_a_launch_that_is_too_small_is_refused(monkeypatch):

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from common.attention import PACKED
+from common import head
+from common.attention import PACKED, packed_attention
 from common.chat import Encoded
 from common.faults import UserError
 from common.head import HeadLoss
 from common.loss import LossModel, batch_inputs, make_batch
-from common.probe import choose_attention, reference_losses
+from common.probe import _has_dropout, choose_attention, reference_losses
 
 
 def example(length: int, seed: int, share: float = 0.5, vocabulary: int = 64) -> Encoded:
@@ -246,3 +247,82 @@ def test_flat_batch_is_the_same_loss_without_padding() -> None:
     a, b = (model(**batch_inputs(batch)).item() for batch in (flat, below))
     assert a == pytest.approx(b, rel=1e-6)
     assert make_batch([], 7, flat=True).input_ids.tolist() == [[7]]
+
+
+def test_rows_of_new_tokens_have_the_gradient_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: beside LoRA the gradient of a whole vocabulary matrix is computed for two rows of it; or theirs is wrong."""
+    from peft import LoraConfig, get_peft_model
+
+    for tied in (True, False):
+        adapted = get_peft_model(llama(tie_word_embeddings=tied), LoraConfig(
+            r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [7, 60], "lm_head": [7, 60]}))
+        with torch.no_grad():
+            for p in adapted.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn_like(p) * 0.1)
+        model = adapted.get_base_model()
+        assert head.trained_rows(model.get_output_embeddings())[1].tolist() == [7, 60]
+        loss, gradients = packed(model, PACKED, [EXAMPLES])
+        with monkeypatch.context() as patch:  # the slow way, through the matrix in which PEFT has put the rows
+            patch.setattr("common.loss.trained_rows", lambda _: None)
+            slow, slow_gradients = packed(model, PACKED, [EXAMPLES])
+        assert any("trainable_tokens_delta" in name for name in gradients)
+        assert abs(loss - slow) <= 1e-6 * slow and distance(slow_gradients, gradients) <= 1e-6
+        with adapted.disable_adapter():
+            assert head.trained_rows(model.get_output_embeddings()) is None
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 9), (200, 3)])
+def test_values_of_another_size_than_keys(lengths: tuple[int, ...]) -> None:
+    """Bug: values are cut into heads by the size of the queries (DeepSeek's are smaller)."""
+    torch.manual_seed(0)
+    n = sum(lengths)
+    query, key, value = (torch.randn(1, 4, n, size, requires_grad=True) for size in (6, 6, 4))
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    out = packed_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, max_length_q=max(lengths))
+    true = torch.cat([F.scaled_dot_product_attention(*(x[:, :, a:b] for x in (query, key, value)), is_causal=True)
+                      for a, b in zip(bounds[:-1], bounds[1:])], 2).transpose(1, 2)
+    torch.testing.assert_close(out[0], true)
+    weights = torch.randn_like(true)
+    for found, wanted in zip(*(torch.autograd.grad((x * weights).sum(), (query, key, value)) for x in (out[0], true))):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_that_refuses_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a head size that a kernel does not know ends the run with a traceback, though sdpa would do."""
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nat some place")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED, refuse)
+    model = LossModel(llama(), "sdpa")
+    lines = choose_attention(model, EXAMPLES, 0, "auto", packing=True)
+    assert model.attention == "sdpa" and "not for this model (FlashAttention only supports Ampere" in lines[0]
+    with pytest.raises(UserError, match="only supports Ampere"):
+        choose_attention(model, EXAMPLES, 0, "packed", packing=True)
+
+
+def test_on_a_gpu_all_that_attention_is_given_is_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: torch's kernel is given fp32: queries from rotary embeddings, or all three from matrices in 4 bits."""
+    seen = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.extend((query.dtype, key.dtype, value.dtype))
+        return query
+
+    monkeypatch.setattr("common.attention._varlen_cuda", kernel)
+    query, key, value = (torch.randn(1, 2, 3, 8).as_subclass(OnGpu) for _ in range(3))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    out, _ = packed_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=torch.tensor([0, 3]))
+    assert seen == [torch.bfloat16] * 3 and out.dtype == torch.float32
+    assert head._to_shares(torch.zeros(0, 5).as_subclass(OnGpu), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_a_model_with_dropout_in_attention_is_known() -> None:
+    """Bug: a kernel without dropout trains GPT-2 without it."""
+    assert _has_dropout(AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "gpt2", n_embd=32, n_layer=1, n_head=4, vocab_size=64)))
+    assert not _has_dropout(llama()) and _has_dropout(llama(attention_dropout=0.1))

@@ -46,7 +46,7 @@ def sizing_table() -> str:
         shape, cells = SHAPES[name], []
         for lora_r in (16, None):
             parts = needed(shape, half_trained(rows, length, 256, on_cpu=flops < 1e12), lora_r=lora_r, bf16=True,
-                           checkpointing=flops > 1e12, processes=n, sharded=n > 1)
+                           checkpointing=flops > 1e12, processes=n, sharded=n > 1, on_cpu=flops < 1e12)
             cells.append(f"{sum(parts.values()) / 2**30:,.1f} GiB")
         for lora in (True, False):
             minutes = seconds(shape, lora=lora, tokens=10_000_000, flops=n * flops) / 60

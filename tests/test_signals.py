@@ -6,6 +6,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -179,3 +180,14 @@ def test_one_of_two_processes_stops_both(tmp_path):
 
     pids = [child(lambda ready, number=number: rank(number, ready)) for number in (0, 1)]
     assert [status(pid) for pid in pids] == [75, 75]
+
+
+def test_a_signal_while_processes_agree_counts_at_the_next_step(monkeypatch):
+    """It comes to one of them after it has said that it knows of none: that one would stop alone."""
+    import torch.distributed as dist
+
+    stop = StopFlag()
+    late = iter([lambda: stop.request("SIGTERM"), lambda: None])
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: next(late)())
+    two = SimpleNamespace(num_processes=2, device="cpu")
+    assert stop.asked(two) is None and stop.asked(two) == "SIGTERM"

@@ -29,8 +29,9 @@ def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
     """Causal attention inside each segment. query (B, heads, T, D), key and value (B, kv heads, T, D) -> (B, T, heads,
     D).
 
-    CUDA: torch's own varlen kernel (half precision). CPU: one small causal attention per segment, which beats a masked
-    T x T attention 2.5 times at 16 segments in 2,048 tokens; in training CausalBlocks where that is possible.
+    CUDA: torch's own varlen kernel (half precision, no dropout). CPU: one small causal attention per segment, which
+    beats a masked T x T attention 2.5 times at 16 segments in 2,048 tokens; in training CausalBlocks where that is
+    possible.
     NotImplementedError for scores that are capped (Gemma 2) and for sinks (gpt-oss).
     """
     if softcap is not None or s_aux is not None:
@@ -38,20 +39,21 @@ def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
     if cu_seq_lens_q is None:
         raise NotImplementedError("it is not told the segment bounds: use sdpa")
     out_dtype = value.dtype
-    if query.is_cuda:
-        query, key = query.to(value.dtype), key.to(value.dtype)  # autocast: rotary embeddings promote q and k to fp32
+    if query.is_cuda:  # under autocast rotary embeddings promote q and k to fp32, matrices in 4 bits all three
+        half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
+        query, key, value = query.to(half), key.to(half), value.to(half)
     else:  # on CPU the backward pass of bf16 attention takes 2 to 4 times as long as that of fp32
         query, key, value = query.float(), key.float(), value.float()
-    rows, heads, width, size = query.shape
+    rows, heads, width, _ = query.shape
     window = sliding_window if sliding_window and sliding_window < (max_length_q or width) else None
     # (B, h, T, D) -> (B * T, h, D): segments are numbered over the flattened rows
-    query, key, value = (x.transpose(1, 2).reshape(rows * width, -1, size) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2).reshape(rows * width, -1, x.shape[-1]) for x in (query, key, value))
     dropout = dropout if module.training else 0.0
     if query.is_cuda:
         out = _varlen_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
     else:
         out = _segments(query, key, value, cu_seq_lens_q.tolist(), scaling, dropout, window)
-    return out.reshape(rows, width, heads, size).to(out_dtype), None
+    return out.reshape(rows, width, heads, -1).to(out_dtype), None
 
 
 def _segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int], scaling: float | None,
@@ -80,14 +82,14 @@ class CausalBlocks(torch.autograd.Function):
     kept for the backward pass, but for long segments; torch's own attention on CPU computes all of them anew, and takes
     1.4 times as long on instruction rows.
 
-    query, key, value (T, heads, D) fp32, bounds of the segments in T, scaling -> (T, heads, D). Gradients as in
-    FlashAttention-2 (arXiv:2307.08691, section 3.2).
+    query, key (T, heads, D), value (T, heads, E) fp32, bounds of the segments in T, scaling -> (T, heads, E).
+    Gradients as in FlashAttention-2 (arXiv:2307.08691, section 3.2).
     """
 
     @staticmethod
     def forward(ctx: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int],
                 scaling: float) -> torch.Tensor:
-        out, kept = torch.empty_like(query, memory_format=torch.contiguous_format), []
+        out, kept = torch.empty_like(value, memory_format=torch.contiguous_format), []
         heads_first = [x.transpose(0, 1) for x in (query, key, value, out)]
         for keys, rows in _blocks(bounds):
             q, k, v, o = (x[:, part] for x, part in zip(heads_first, (rows, keys, keys, rows)))
@@ -103,7 +105,7 @@ class CausalBlocks(torch.autograd.Function):
         query, key, value, out, *kept = ctx.saved_tensors
         drop = (d_out * out).sum(-1).t().unsqueeze(-1)  # (heads, T, 1)
         query, key, value, d_out = (x.transpose(0, 1) for x in (query, key, value, d_out))
-        d_query, (d_key, d_value) = torch.empty_like(query), (torch.zeros_like(query) for _ in range(2))
+        d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for (keys, rows), shares in zip(_blocks(ctx.bounds), kept):
             q, k, v, d = query[:, rows], key[:, keys], value[:, keys], d_out[:, rows]
             if shares is None:
@@ -146,11 +148,18 @@ def _varlen_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bo
                  scaling: float | None, window: int | None) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # The keyword came and went between releases; without it fewer kv heads are passed straight through.
-    takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    gqa = {"enable_gqa": query.shape[1] != key.shape[1]} if takes_gqa else {}
+    gqa = {"enable_gqa": query.shape[1] != key.shape[1]} if _takes_gqa() else {}
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling,
                        window_size=(window - 1, 0) if window else (-1, 0), **gqa)
+
+
+@functools.cache
+def _takes_gqa() -> bool:
+    """Whether varlen_attn has this keyword, which came and went between releases; without it fewer kv heads are passed
+    straight through."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def set_ordinary_attention(model: nn.Module) -> None:

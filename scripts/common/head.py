@@ -12,7 +12,9 @@ from functools import reduce
 import torch
 from torch import nn
 
-CHUNK_BYTES = 2**26  # logits that exist at a time: enough for full GEMM speed, and for a row of 1,024 at 32k in bf16
+# logits that exist at a time: enough for full GEMM speed, and for a row of 1,024 at 32k in bf16; on a GPU more: with
+# each chunk the gradient of the whole matrix is read and written
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**26, 2**29
 BLOCK_ELEMENTS = 2**19  # logits whose softmax is taken at a time on CPU (2 MiB in fp32)
 SMALL_SHARE = 1e-30  # below it fp32 loses digits of a probability: its logarithm is taken from the logits
 
@@ -21,32 +23,38 @@ class HeadLoss(torch.autograd.Function):
     """Sum of cross entropies of hidden states against a vocabulary matrix, chunk by chunk; the gradient is computed in
     the forward pass, so no logits are kept (the idea of Liger-Kernel's fused linear cross entropy, arXiv:2410.10989).
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> float64 scalar. GEMMs run in `dtype`, the softmax
-    in fp32, the sum in fp64. The gradient of the logits is softmax - onehot(target); the target is taken off the
-    products with it, which are V / H times smaller.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> float64 scalar. rows (R, H): what stands at `ids`
+    (R,) in place of the weight's own rows, so that of a frozen matrix only those have a gradient. GEMMs run in `dtype`,
+    the softmax in fp32, the sum in fp64. The gradient of the logits is softmax - onehot(target); the target is taken
+    off the products with it, which are V / H times smaller.
     """
 
     @staticmethod
     def forward(ctx: object, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+                targets: torch.Tensor, dtype: torch.dtype, ids: torch.Tensor | None = None,
+                rows: torch.Tensor | None = None) -> torch.Tensor:
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
-        matrix = weight.detach().to(dtype)
+        need_r = rows is not None and ctx.needs_input_grad[6]
+        matrix = matrix_of(weight, dtype, ids, rows)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_hidden, d_weight, d_bias = torch.empty_like(hidden) if need_h else None, None, None
-        for start, end in chunks(len(targets), len(weight), dtype):
+        d_rows = torch.zeros_like(rows, dtype=torch.float32) if need_r else None
+        for start, end in chunks(len(targets), len(matrix) * matrix.itemsize, matrix.is_cuda):
             part, wanted = hidden[start:end].detach().to(dtype), targets[start:end]
             logits = part @ matrix.t() if bias is None else logits_of(part, matrix, bias)  # (chunk, V)
             total += _to_shares(logits, wanted).sum(dtype=torch.float64)
             shares = logits.to(dtype)
             if need_b:
                 d_bias = _sum(d_bias, shares.sum(0, dtype=torch.float32))
-                d_bias.index_add_(0, wanted, torch.full(wanted.shape, -1.0, device=wanted.device))
+                _take_off(d_bias, wanted, torch.ones(wanted.shape, device=wanted.device))
             if need_h:
                 d_hidden[start:end] = shares @ matrix - matrix[wanted]
             if need_w:
                 d_weight = _sum(d_weight, shares.t() @ part)
-                d_weight.index_add_(0, wanted, part.float(), alpha=-1)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+                _take_off(d_weight, wanted, part.float())
+            if need_r:
+                d_rows += (shares[:, ids].float() - (wanted[:, None] == ids).float()).t() @ part.float()
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, d_rows)
         ctx.weight_dtype = weight.dtype
         return total
 
@@ -54,15 +62,23 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: object, grad: torch.Tensor) -> tuple:
         # in place: nobody else has them, and a second pass over the same graph is refused by autograd
         scale = lambda d, dtype: None if d is None else d.mul_(grad.to(d.dtype)).to(dtype)
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        d_hidden, d_weight, d_bias, d_rows = ctx.saved_tensors
         return (scale(d_hidden, d_hidden.dtype if d_hidden is not None else None), scale(d_weight, ctx.weight_dtype),
-                scale(d_bias, ctx.weight_dtype), None, None)
+                scale(d_bias, ctx.weight_dtype), None, None, None, scale(d_rows, ctx.weight_dtype))
 
 
-def chunks(rows: int, vocabulary: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+def _take_off(total: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
+    """total[places] -= values, in one order: index_add_ on a GPU adds what meets in a place as it comes."""
+    if total.is_cuda:
+        total.index_put_((places,), -values, accumulate=True)
+    else:
+        total.index_add_(0, places, values, alpha=-1)
+
+
+def chunks(rows: int, row_bytes: int, on_cuda: bool) -> list[tuple[int, int]]:
     """Where chunks of equal size begin and end, such that the logits of one take at most CHUNK_BYTES. No rows are one
     empty chunk."""
-    most = max(64, CHUNK_BYTES // (vocabulary * dtype.itemsize))
+    most = max(64, (CUDA_CHUNK_BYTES if on_cuda else CHUNK_BYTES) // row_bytes)
     size = -(-rows // max(1, -(-rows // most)))
     return [(start, min(start + size, rows)) for start in range(0, max(1, rows), max(1, size))]
 
@@ -71,7 +87,7 @@ def _to_shares(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Replace logits (N, V) by their softmax; return the losses in nats, fp32 (N,)."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     # on CPU so many rows at a time that their fp32 copy stays in the second-level cache
-    block = len(logits) if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
+    block = max(1, len(logits) if logits.is_cuda else BLOCK_ELEMENTS // logits.shape[1])
     for start in range(0, len(logits), block):
         rows = slice(start, start + block)
         own, wanted = logits[rows], targets[rows, None]
@@ -94,6 +110,23 @@ def _sum(total: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
     for own, part in zip(*(x.split(len(x) if x.is_cuda else 2048) for x in (total, more))):
         own.add_(part)
     return total
+
+
+def trained_rows(head: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """(the frozen matrix, ids, the rows that stand there) of a head of which PEFT trains some rows; None for others."""
+    layer = getattr(head, "token_adapter", None)
+    if layer is None or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    name = layer.active_adapters[0]
+    rows, matrix = layer.trainable_tokens_delta[name], layer.base_layer.weight
+    return matrix, torch.tensor(layer.token_indices[name]).to(matrix.device, non_blocking=True), rows
+
+
+def matrix_of(weight: torch.Tensor, dtype: torch.dtype, ids: torch.Tensor | None,
+              rows: torch.Tensor | None) -> torch.Tensor:
+    """The vocabulary matrix (V, H) in `dtype`, with `rows` at `ids`; it knows no gradient."""
+    matrix = weight.detach().to(dtype)
+    return matrix if rows is None else matrix.index_copy(0, ids, rows.detach().to(dtype))
 
 
 def logits_of(hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

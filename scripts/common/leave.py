@@ -123,6 +123,7 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
 
 def push_model(run: Run, again: str) -> None:
     """Push what the finished run left: the merged model if there is one, else what lies at the top."""
+    run.watch.close()  # an upload may take any time, and the others are done
     merged = run.directory / "merged"
     card = (run.directory / "README.md").read_text(encoding="utf-8")
     if run.config.merge_adapters and not merged.is_dir():

@@ -19,7 +19,7 @@ from torch import nn
 
 from common.attention import PACKED
 from common.chat import Encoded
-from common.head import HeadLoss, LastLayer, chunks, logits_of
+from common.head import HeadLoss, LastLayer, chunks, logits_of, matrix_of, trained_rows
 
 
 @dataclass
@@ -113,9 +113,9 @@ class LossModel(nn.Module):
             logits = self._plain_logits(input_ids, position_ids, positions, bounds, longest)
             return F.cross_entropy(logits.float(), targets, reduction="none").sum(dtype=torch.float64)
         hidden = self._hidden(input_ids, position_ids, positions, bounds, longest)
-        weight, bias, dtype = self._head(hidden)
+        weight, bias, dtype, ids, rows = self._head(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            return HeadLoss.apply(hidden, weight, bias, targets, dtype)
+            return HeadLoss.apply(hidden, weight, bias, targets, dtype, ids, rows)
 
     def whole_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) of the model's own forward pass."""
@@ -127,11 +127,13 @@ class LossModel(nn.Module):
         losses, hits = [], []
         inputs = (batch.input_ids, batch.position_ids, batch.positions, batch.bounds, batch.longest)
         states = self._plain_logits(*inputs) if self.plain_head else self._hidden(*inputs)
-        weight, bias, dtype = (None, None, None) if self.plain_head else self._head(states)
+        matrix = bias = dtype = None
+        if not self.plain_head:
+            weight, bias, dtype, ids, rows = self._head(states)
+            matrix = matrix_of(weight, dtype, ids, rows)
         with torch.autocast(states.device.type, enabled=False):
-            matrix = None if weight is None else weight.to(dtype)
             vocabulary = states.shape[1] if matrix is None else len(matrix)
-            for start, end in chunks(len(batch.targets), vocabulary, torch.float32):
+            for start, end in chunks(len(batch.targets), 4 * vocabulary, states.is_cuda):
                 part, wanted = states[start:end], batch.targets[start:end]
                 logits = part.float() if matrix is None else logits_of(part.to(dtype), matrix, bias)
                 losses.append(F.cross_entropy(logits, wanted, reduction="none"))
@@ -156,10 +158,12 @@ class LossModel(nn.Module):
                                                **self._segments_of(bounds, longest)).last_hidden_state
         return states.reshape(-1, states.shape[-1]).index_select(0, positions)
 
-    def _head(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.dtype]:
+    def _head(self, hidden: torch.Tensor) -> tuple:
+        """(weight, bias, dtype, ids, rows) of the vocabulary head, as HeadLoss takes them."""
         head, device = self.causal_lm.get_output_embeddings(), hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-        return head.weight, getattr(head, "bias", None), dtype
+        weight, ids, rows = trained_rows(head) or (head.weight, None, None)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return weight, getattr(head, "bias", None), dtype, ids, rows
 
     def _plain_logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
                       bounds: torch.Tensor, longest: int) -> torch.Tensor:

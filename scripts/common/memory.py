@@ -23,12 +23,13 @@ import numpy as np
 if TYPE_CHECKING:
     from common.plan import Plan
 
-CHUNK_BYTES = 2**26  # logits at a time, as in head.py
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**26, 2**29  # logits at a time, as in head.py
 BLOCK, LONGEST_KEPT = 192, 1024  # of CausalBlocks, as in attention.py
 # (LoRA, bf16) -> bytes a token and layer keeps: a * hidden + b * inner + c * r
 KEPT = {(False, False): (40, 16, 0), (False, True): (44, 8, 0), (True, False): (72, 20, 28), (True, True): (60, 12, 14)}
 KEPT_ONCE = 30  # bytes a token and hidden: embeddings, outputs of the last layer (counted 16 to 44, by mode and share)
 LIBRARIES = 180 << 20  # bytes that come with training: code of libraries, the probe of the attention path, evaluation
+CONTEXT = 600 << 20  # what CUDA takes for itself (not measured)
 SLACK = {False: 1.2, True: 1.65}  # by LoRA: activations take so much more than the sum of what is kept
 FLOPS_PER_PARAMETER = {False: 6, True: 4}  # of a token, by LoRA: the frozen matrices have no gradient of their own
 
@@ -112,7 +113,8 @@ def largest_load(plan: Plan, rows: int, on_cpu: bool) -> Load:
 
 
 def needed(shape: Shape, load: Load, *, lora_r: int | None, bf16: bool, checkpointing: bool = False,
-           in_4bit: bool = False, optim: str = "adamw", processes: int = 1, sharded: bool = False) -> dict[str, int]:
+           in_4bit: bool = False, optim: str = "adamw", processes: int = 1, sharded: bool = False,
+           on_cpu: bool = True) -> dict[str, int]:
     """Bytes on one process, by what they are for. lora_r: None for full fine-tuning. load: of a micro-batch."""
     lora = lora_r is not None
     matrices = shape.layers * shape.layer
@@ -122,6 +124,7 @@ def needed(shape: Shape, load: Load, *, lora_r: int | None, bf16: bool, checkpoi
     weights = (4 * (shape.parameters - matrices) + int((0.55 if in_4bit else 4) * matrices) + 4 * adapters) // share
     gradients = 4 * trained * (2 if processes > 1 and not sharded else 1) // share
     states = (8 * trained if optim == "adamw" else 0) // share
+    slack = SLACK[lora] if on_cpu else 1
     a, b, c = KEPT[lora, bf16]
     kept = a * shape.hidden + b * shape.inner + c * (lora_r or 0)
     shares = 4 * shape.heads * load.pairs
@@ -129,18 +132,19 @@ def needed(shape: Shape, load: Load, *, lora_r: int | None, bf16: bool, checkpoi
     copies = 2 * matrices if bf16 and not sharded and not in_4bit else 0
     once = KEPT_ONCE * shape.hidden * load.tokens
     if checkpointing:
-        activations = SLACK[lora] * ((shape.layers * 4 * shape.hidden + kept) * load.tokens + once) + shares
+        activations = slack * ((shape.layers * 4 * shape.hidden + kept) * load.tokens + once) + shares
         activations += copies / shape.layers
     else:
         each = (shape.layers - 1) * load.tokens + load.trained
-        activations = SLACK[lora] * (kept * each + once) + shape.layers * shares + copies
+        activations = slack * (kept * each + once) + shape.layers * shares + copies
     gathered = 2 * 4 * (shape.layer + 2 * shape.hidden) if sharded else 0
     size = 2 if bf16 else 4
-    logits = min(load.trained, max(64, CHUNK_BYTES // (size * shape.vocabulary))) * shape.vocabulary
+    chunk = max(64, (CHUNK_BYTES if on_cpu else CUDA_CHUNK_BYTES) // (size * shape.vocabulary))
+    logits = min(load.trained, chunk) * shape.vocabulary
     rounded = 2 if bf16 else 0  # of the matrix, and of its gradient
     head = size * logits + shape.vocabulary * shape.hidden * (rounded + (0 if lora else 4 + rounded))
     return {"weights": weights, "gradients": gradients, "optimizer": states, "activations": int(activations) + gathered,
-            "head": head, "libraries": LIBRARIES}
+            "head": head, "libraries": LIBRARIES if on_cpu else CONTEXT}
 
 
 def spoken(parts: Mapping[str, int], checked: bool) -> str:

@@ -299,15 +299,15 @@ def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.d
     Returns the largest logit differences {"fp32", "saved"} and the largest logit; raises UserError beyond
     MERGE_TOLERANCE in fp32.
     """
-    model.eval()
+    model.eval().to("cpu")  # a GPU that could train it may not hold it twice; and all logits are of one device
     before = _logits(model, samples)
     merged = model.merge_and_unload()
     fp32 = _largest_difference(before, _logits(merged, samples))
     largest = max(float(x.abs().max()) for x in before)
     if fp32 > MERGE_TOLERANCE * max(1.0, largest):
         raise UserError(f"{directory}: merged and adapter logits differ by {fp32:.1e} in fp32, more than "
-                        f"{MERGE_TOLERANCE:g} "
-                        f"of their size. The adapter is kept; please report the model and LoRA settings.")
+                        f"{MERGE_TOLERANCE:g} of their size. The adapter is kept; please report the model and LoRA "
+                        "settings.")
     work = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     save_full(merged, work, dtype)

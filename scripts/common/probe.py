@@ -79,6 +79,8 @@ def _prove(loss_model: LossModel, name: str, rows: list[list[Encoded]], referenc
     except (ImportError, ValueError) as fault:
         return False, f"attention {name}: not available ({str(fault).splitlines()[0]:.60} …)"
     loss_model.attention = name
+    if name == PACKED and next(model.parameters()).is_cuda and _has_dropout(model):
+        return False, f"attention {_spoken(name)}: not for this model (it has dropout, which torch's kernel does not)"
     ends = [(False, False, "head and last layer"), (False, True, "head"), (True, True, "head at its own forward")]
     if getattr(model.config.get_text_config(), "final_logit_softcapping", None):  # small logits would not show it
         ends = ends[-1:]
@@ -88,8 +90,10 @@ def _prove(loss_model: LossModel, name: str, rows: list[list[Encoded]], referenc
         batch = make_batch(rows, pad_id, len(rows[0][0].input_ids) + 3, loss_model.flat)
         try:
             found = loss_model.token_losses(batch.to(next(model.parameters()).device))[0].cpu().numpy()
-        except NotImplementedError as fault:
-            return False, f"attention {_spoken(name)}: not for this model ({fault})"
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as fault:  # a kernel says RuntimeError: head size, dtype, device
+            return False, f"attention {_spoken(name)}: not for this model ({str(fault).splitlines()[0]:.120})"
         apart = np.abs(found - reference) if len(found) else np.zeros(1)
         # half precision: two right paths differ by a rounding of a logit (up to 0.125 at 16 to 32) on single tokens
         if apart.max() <= 1e-3 or (half and apart.max() <= 0.3 and apart.mean() <= 0.03):
@@ -100,6 +104,12 @@ def _prove(loss_model: LossModel, name: str, rows: list[list[Encoded]], referenc
 
 def _spoken(name: str) -> str:
     return "packed (segment by segment)" if name == PACKED else name
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    """Whether attention drops probabilities in training, by the names that architectures have for it."""
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("attention_dropout", "attn_pdrop", "attn_dropout"))
 
 
 def _computes_in_half(model: nn.Module) -> bool:

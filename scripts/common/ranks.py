@@ -6,6 +6,7 @@ The backend's own time limits are not used: they name nobody, and a collective o
 """
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -43,7 +45,8 @@ def on_main(watch: Watch, work: Callable[[], T]) -> T:
     watch.turns += 1
     if watch.rank == 0:
         try:
-            result = work()
+            with watch.alive():
+                result = work()
         except Exception as found:
             fault = found
         watch.store.set(f"main {watch.turns}", "done")
@@ -97,6 +100,23 @@ class Watch:
             if i % every == 0:
                 self.at(place)
             yield item
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Around work that may take any time, such as a download: a thread notes now and then that this process
+        lives."""
+        done = threading.Event()
+
+        def note_it() -> None:
+            while not done.wait(min(60.0, self.seconds / 4)):
+                self.at(self.place)
+
+        if self.world > 1:
+            threading.Thread(target=note_it, name="alive", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
 
     def note(self, end: str = "") -> None:
         self.store.set(str(self.rank), json.dumps({
@@ -178,6 +198,7 @@ class Watch:
 
 def start_processes(config: SftConfig) -> Accelerator:
     """Start the processes (or find them started); refuse a launch that left them apart, or an engine this cannot do."""
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
 
@@ -191,8 +212,10 @@ def start_processes(config: SftConfig) -> Accelerator:
     # buffers (rotary tables) never change: sent anew, they would make processes wait for each other in every forward
     once = DistributedDataParallelKwargs(broadcast_buffers=False)
     try:
-        with patch_environment(accelerate_use_deepspeed="false"):  # its engine is driven by common.zero instead
-            accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=limit), once])
+        # DeepSpeed's engine is driven by common.zero instead; steps are accumulated by common.train
+        with patch_environment(accelerate_use_deepspeed="false", accelerate_gradient_accumulation_steps="1"):
+            accelerator = Accelerator(cpu=torch.backends.mps.is_available(),  # Apple's GPUs know no float64
+                                      kwargs_handlers=[InitProcessGroupKwargs(timeout=limit), once])
     except RuntimeError as fault:
         if of_a_collective(fault):
             raise RankLost(sentence(["the processes did not find each other"], str(fault).splitlines()[0])) from None
@@ -215,13 +238,25 @@ def check_launch(processes: int) -> None:
                         f"by: ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} scripts/03_sft.py …")
 
 
+@functools.cache
+def launcher_words() -> list[str]:
+    """The command line of the process above this one, remembered beyond its end; none if it cannot be known."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
 def processes_asked_for() -> int:
     """The number of processes that the `accelerate launch` above this one was asked for; 1 if nothing is known."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return 1
-    return asked_for(words, sys.argv[0])
+    return asked_for(launcher_words(), sys.argv[0])
+
+
+def typed_launch(words: list[str], script: str) -> list[str] | None:
+    """The part of a launcher's command line that stands before the script, as it was typed; None for other commands."""
+    words = words[:words.index(script)] if script in words else []
+    place = next((i for i, word in enumerate(words) if Path(word).name in ("accelerate", "torchrun")), None)
+    return None if place is None else [Path(words[place]).name, *words[place + 1:]]
 
 
 def asked_for(words: list[str], script: str) -> int:

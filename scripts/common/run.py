@@ -373,7 +373,8 @@ def restore(run: Run, directory: Path) -> None:
         if not (is_sharded(run.accelerator) or is_zero()):
             read_weights(run, directory)
         # through the CPU: "cpu:0", the device of several processes without GPU, is no place that torch.load knows
-        saved = torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(directory / "optimizer.pt", map_location="cpu", weights_only=True,
+                           mmap=is_sharded(run.accelerator) or is_zero())  # a process takes its part of it
         if is_sharded(run.accelerator):
             spread_optimizer(run.optimizer, saved)
         else:

@@ -63,8 +63,12 @@ def check_engine(accelerator: Accelerator, config: SftConfig) -> None:
     if other and (other.tp_enabled or other.cp_enabled or other.sp_enabled):
         raise UserError("parallelism_config: tensor, context and sequence parallelism are not supported. Leave "
                         "tp_size, cp_size and sp_size at 1.")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(f"mixed_precision {accelerator.mixed_precision}: not supported. Use bf16, or no.")
     if kind != DistributedType.FSDP:
         return
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
     plugin = accelerator.state.fsdp_plugin
     for found, what, way in (
             (plugin.fsdp_version != 2, "fsdp_version 1", "Set fsdp_version: 2."),
@@ -72,8 +76,7 @@ def check_engine(accelerator: Accelerator, config: SftConfig) -> None:
              "would come apart."),
             (plugin.activation_checkpointing, "fsdp_activation_checkpointing", "Set it to false and give "
              "--gradient_checkpointing, which does it."),
-            (accelerator.mixed_precision not in ("no", "bf16"), f"mixed_precision {accelerator.mixed_precision}",
-             "Use bf16."),
+            (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params", "Set it to false."),
             (config.load_in_4bit, "--load_in_4bit", "Train 4-bit models with DDP (config/accelerate/ddp.yaml)."),
             (config.optim == "adafactor", "--optim adafactor", "Its row and column means do not know shards: use "
              "adamw."),
@@ -89,7 +92,7 @@ def prepare(accelerator: Accelerator, loss_model: LossModel, optimizer: torch.op
         return prepare_zero(accelerator, loss_model, optimizer, config)
     if not is_sharded(accelerator):
         return accelerator.prepare(loss_model, optimizer)
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
     plugin, causal_lm = accelerator.state.fsdp_plugin, loss_model.causal_lm
     loss_model._no_split_modules = causal_lm._no_split_modules  # its layers, which accelerate looks for there
@@ -107,11 +110,10 @@ def prepare(accelerator: Accelerator, loss_model: LossModel, optimizer: torch.op
         for group, its_names in zip(optimizer.param_groups, groups):
             group["params"] = [now[name] for name in its_names]
 
-    home = torch.device("cpu") if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else accelerator.device
     names, weights = None, take_weights(loss_model)
     point(loss_model)
     wrapped, optimizer = accelerator.prepare(loss_model, optimizer)
-    give_weights(wrapped, weights, accelerator.device, home)
+    give_weights(wrapped, weights, accelerator.device)
     point(wrapped)
     for method in ("token_losses", "whole_logits"):  # the weights are gathered for these as for the forward pass
         register_fsdp_forward_method(wrapped, method)
@@ -187,13 +189,13 @@ def take_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def give_weights(model: nn.Module, weights: dict[str, torch.Tensor], device: torch.device, home: torch.device) -> None:
-    """Send every weight of rank 0, one at a time and by way of `device`, to all processes, which keep their parts of it
-    on `home`. weights: used up, so that rank 0 does not hold them for longer."""
+def give_weights(model: nn.Module, weights: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Send every weight of rank 0, one at a time, to all processes, which keep their parts of it on `device`. weights:
+    used up, so that rank 0 does not hold them for longer."""
     from torch.distributed.tensor import distribute_tensor
 
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    model.to_empty(device=home)
+    model.to_empty(device=device)
     for place, values in buffers:
         place.update(values)
     for name, p in model.named_parameters():
@@ -304,6 +306,8 @@ def read_shards(model: LossModel, optimizer: torch.optim.Optimizer | None, check
 
     In a job of several processes all must call it; one alone (`optimizer` None) may do it for itself.
     """
+    from torch.distributed.tensor import DTensor
+
     reader = Reader(checkpoint / SHARDS)
     there = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
     weights = trained(model)
@@ -317,7 +321,10 @@ def read_shards(model: LossModel, optimizer: torch.optim.Optimizer | None, check
         prefix = f"optimizer.{name}."
         for key in (entry.removeprefix(prefix) for entry in there if entry.startswith(prefix)):
             shape = there[prefix + key]
-            states.setdefault(name, {})[key] = torch.zeros_like(p) if shape == tuple(p.shape) else torch.zeros(shape)
+            # a step's number lies where the whole weight is: the fused optimizer asks for it there
+            place = "cpu" if isinstance(p, DTensor) else p.device
+            states.setdefault(name, {})[key] = (torch.zeros_like(p) if shape == tuple(p.shape) else
+                                                torch.zeros(shape, device=place))
     tensors = {name: p.detach() for name, p in weights.items()}
     load({"weights": tensors, "optimizer": states}, reader, alone=optimizer is None)
     for name, state in states.items():

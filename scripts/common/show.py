@@ -67,7 +67,7 @@ def describe_memory(run: Run, base: object, chat: Chat, material: Material) -> s
     parts = needed(shape, load, lora_r=config.lora_r if config.use_lora else None,
                    bf16=run.accelerator.mixed_precision != "no", checkpointing=config.gradient_checkpointing,
                    in_4bit=config.load_in_4bit, optim=config.optim, processes=run.accelerator.num_processes,
-                   sharded=sharded)
+                   sharded=sharded, on_cpu=on_cpu)
     return spoken(parts, checked=on_cpu and not sharded)
 
 

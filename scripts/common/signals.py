@@ -81,7 +81,7 @@ class StopFlag:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         if own is None and int(found):
             self.request(known[int(found)])
-        return self.reason
+        return self.reason if int(found) else None  # one that came since counts at the next step, for all
 
     def follow_launcher(self) -> None:
         """Let the kernel send SIGTERM when the parent dies (Linux; elsewhere `requested` looks). Linux: prctl(2)."""

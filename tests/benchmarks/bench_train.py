@@ -2,11 +2,11 @@
 
     python tests/benchmarks/bench_train.py [--model tiny|small] [--mode full|lora] [--rounds 5]
 
-Each rival runs in a process of its own. First every one alone; then the fastest of each kind take turns, with a step to
-warm up and one that counts (all at once would need 30 GB with the small model). "tuned": its allocator keeps
+Each rival runs in a process of its own. First those of a kind take turns; then the fastest of each kind do, with a step
+to warm up and one that counts (all at once would need 30 GB with the small model). "tuned": its allocator keeps
 its memory (as 03_sft.py sets it); "installed": as glibc comes. TRL is given its best settings on a CPU (packing by best
 fit, one row a pass, no gradient checkpointing), in fp32 and in bf16 (with three rows a pass it takes twice as long).
-03_sft.py is tried with one row a pass and with all six. Tokens are real ones, never padding.
+03_sft.py has all six rows in a pass (with one it takes 1.1 times as long). Tokens are real ones, never padding.
 Beside the speeds: the loss and the gradients of each rival against one example at a time in eager fp32.
 """
 from __future__ import annotations
@@ -27,12 +27,10 @@ from rivals import Rival, Task, make_rows
 KINDS = {"as_installed": {"TRL fp32, installed": ("trl", False, False), "TRL bf16, installed": ("trl", False, True)},
          "same_allocator": {"TRL fp32, tuned": ("trl", True, False), "TRL bf16, tuned": ("trl", True, True)},
          "vs_plain": {"plain bf16, tuned": ("plain", True, True)},
-         "ours": {"ours bf16": ("ours", True, True), "ours bf16, 6 rows": ("ours", True, True, 6),
-                  "ours bf16, --compile": ("ours_compiled", True, True),
-                  "ours bf16, --compile, 6": ("ours_compiled", True, True, 6)}}
+         "ours": {"ours bf16": ("ours", True, True, 6), "ours bf16, --compile": ("ours_compiled", True, True, 6)}}
 EXACT = {"ours fp32": ("ours", True, False)}
 VARIANTS = {name: variant for kind in KINDS.values() for name, variant in kind.items()}
-ALONE = 2  # timed steps of each rival alone, after a first one
+HEAT = 2  # timed steps that decide which variant of a kind is the fastest
 
 
 def main() -> None:
@@ -50,46 +48,45 @@ def main() -> None:
           f"tokens, {trained:,} trained ({trained / real:.0%})")
 
     chosen = {n: v for n, v in VARIANTS.items() if not options.only or n in options.only}
-    errors, alone = one_by_one(task, {**chosen, **EXACT}, options.threads)
-    fastest = {kind: min(found, key=lambda name: min(alone[name]))
-               for kind, names in KINDS.items() if (found := names.keys() & alone.keys())}
+    errors = equality(task, {**chosen, **EXACT}, options.threads)
+    heats, fastest = {}, {}
+    for kind, names in KINDS.items():
+        if found := turns(task, [name for name in names if name in chosen], options.threads, HEAT):
+            heats.update(found)
+            fastest[kind] = min(found, key=lambda name: min(found[name]))
+    heats.update(turns(task, list(EXACT), options.threads, HEAT))
     seconds = turns(task, list(fastest.values()), options.threads, options.rounds)
-    median = {name: statistics.median(found) for name, found in {**alone, **seconds}.items()}
+    median = {name: statistics.median(found) for name, found in {**heats, **seconds}.items()}
     print(f"\n{'':24}{'best s':>9}{'median s':>10}{'real tok/s':>12}{'trained':>9}{'loss off by':>13}{'gradients':>11}")
     for name in errors:
-        print(f"{name:24}{min(seconds.get(name, alone[name])):9.2f}{median[name]:10.2f}{real / median[name]:12,.0f}"
+        print(f"{name:24}{min(seconds.get(name, heats[name])):9.2f}{median[name]:10.2f}{real / median[name]:12,.0f}"
               f"{trained / median[name]:9,.0f}{errors[name][0]:13.1e}{errors[name][1]:11.1e}"
-              f"{'' if name in seconds else '  alone'}")
+              f"{'' if name in seconds else '  in its heat'}")
     if not options.only:
         report(f"train_{options.model}_{options.mode}", median, fastest, real, trained)
 
 
-def one_by_one(task: Task, variants: dict[str, tuple], threads: int) -> tuple[dict[str, tuple], dict[str, list[float]]]:
-    """Of each rival alone: how far loss and gradients of its first step are from the reference, relative
-    (|a - b| / |b|); seconds of the steps after it."""
+def equality(task: Task, variants: dict[str, tuple], threads: int) -> dict[str, tuple[float, float]]:
+    """Loss and gradients of the first step against the reference, relative: |a - b| / |b|."""
     import torch
 
-    errors, seconds = {}, {}
+    def first_step(rival: Rival) -> tuple[float, dict]:
+        loss = rival.step(place)["loss"]
+        rival.close()
+        return loss, torch.load(place)
+
+    errors: dict[str, tuple[float, float]] = {}
     with TemporaryDirectory() as work:
         place = Path(work) / "gradients.pt"
-
-        def first_step(rival: Rival) -> tuple[float, dict]:
-            return rival.step(place)["loss"], torch.load(place)
-
-        reference = start("reference", True, False, task=task, threads=threads)
-        true_loss, truth = first_step(reference)
-        reference.close()
+        true_loss, truth = first_step(start("reference", True, False, task=task, threads=threads))
         size = sum(float(g.double().square().sum()) for g in truth.values()) ** 0.5
         for name, variant in variants.items():
-            rival = start(*variant, task=task, threads=threads)
-            loss, found = first_step(rival)
+            loss, found = first_step(start(*variant, task=task, threads=threads))
             if found.keys() != truth.keys():
                 raise RuntimeError(f"{name} trains other weights: {sorted(found.keys() ^ truth.keys())[:4]}")
             apart = sum(float((found[n].double() - truth[n].double()).square().sum()) for n in truth) ** 0.5
             errors[name] = (abs(loss - true_loss) / true_loss, apart / size)
-            seconds[name] = [rival.step()["seconds"] for _ in range(ALONE)]
-            rival.close()
-    return errors, seconds
+    return errors
 
 
 def start(name: str, tuned: bool, bf16: bool, rows: int = 1, *, task: Task, threads: int) -> Rival:
@@ -98,7 +95,7 @@ def start(name: str, tuned: bool, bf16: bool, rows: int = 1, *, task: Task, thre
 
 def turns(task: Task, names: list[str], threads: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each step, the rivals taking turns."""
-    rivals = {name: start(*VARIANTS[name], task=task, threads=threads) for name in names}
+    rivals = {name: start(*{**VARIANTS, **EXACT}[name], task=task, threads=threads) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, rival in rivals.items():
