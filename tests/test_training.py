@@ -98,7 +98,7 @@ def overfit(train, shared) -> dict[str, Path]:
              "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "packing": None,
              "lr_scheduler_type": "constant_with_warmup"}
     runs = {name: shared / "overfit" / name for name in ("lora", "full")}
-    train(runs["lora"], **usual, learning_rate=2e-2, lora_dropout=0, merge_adapters=True).ok()
+    train(runs["lora"], **usual, learning_rate=5e-3, lora_dropout=0, merge_adapters=True).ok()
     train(runs["full"], **usual, learning_rate=5e-3, no_lora=True, no_packing=True).ok()
     return runs | {"merged": runs["lora"] / "merged"}
 
