@@ -62,6 +62,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     from common.explain import explain_step
     from common.hub import check_alone
     from common.model import check_vocabulary, model_config
+    from common.ranks import on_main
     from common.run import gather_material, load_run
     from common.rundir import decide
 
@@ -87,9 +88,8 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
             show.describe_memory(run, base, chat, material))
     run.say(*show.show_example(material, chat))
     run.say(*prove_chat(config, chat, material))
-    if config.export_rendered and run.main:
-        with run.watch.alive():
-            run.say(leave.export_rendered(config.export_rendered, material, chat))
+    if config.export_rendered:
+        run.say(*on_main(run.watch, lambda: export(run, material, chat)))
     if config.dry_run:
         return 0
     if asked := stop.asked(run.accelerator):
@@ -117,7 +117,8 @@ def fetch_all(run: Run, weights: bool) -> None:
         return
 
     def first() -> tuple:
-        lines = fetch(config, config.commits or resolve(config), weights)
+        with run.watch.alive():
+            lines = fetch(config, config.commits or resolve(config), weights)
         return lines, config.commits, config.places
 
     lines, commits, places = on_main(run.watch, first)
@@ -126,7 +127,16 @@ def fetch_all(run: Run, weights: bool) -> None:
     else:  # on another machine, whose cache may be another
         with run.watch.alive():
             fetch(config, commits, weights)
+    run.watch.meet()
     run.say(*lines)
+
+
+def export(run: Run, material: Material, chat: Chat) -> list[str]:
+    """Write what --export_rendered asks for; a line about it."""
+    from common.leave import export_rendered
+
+    with run.watch.alive():
+        return [export_rendered(run.config.export_rendered, material, chat)]
 
 
 @contextmanager
@@ -226,8 +236,10 @@ def resume_command(run: Run) -> str:
              if not word.startswith(("--overwrite_output_dir", "--resume_from_checkpoint"))
              and (word.startswith("--") or before != "--resume_from_checkpoint")] + ["--resume_from_checkpoint"]
     if typed := typed_launch(launcher_words(), sys.argv[0]):
-        on_cpu = ["ACCELERATE_USE_CPU=true"] if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else []
-        return shlex.join([*on_cpu, *typed, sys.argv[0], *words])
+        # accelerate's launcher sets these itself
+        given = [f"{name}={value}" for name, value in sorted(os.environ.items())
+                 if typed[0] == "torchrun" and name.startswith(("ACCELERATE_", "FSDP_"))]
+        return shlex.join([*given, *typed, sys.argv[0], *words])
     precision = run.accelerator.mixed_precision
     n = run.accelerator.num_processes
     file = "deepspeed_zero3" if is_zero() else "fsdp2" if is_sharded(run.accelerator) else None

@@ -6,7 +6,8 @@
     activations   what a layer keeps for its backward pass, KEPT bytes for each token of a micro-batch, the last layer
                   for its trained ones; attention's probabilities on CPU; with checkpointing only a layer's input,
                   and one layer is computed again at a time
-    head          one chunk of logits, and the gradient of a trained vocabulary matrix
+    head          one chunk of logits (on a GPU with its softmax in fp32), and the gradient of a trained vocabulary
+                  matrix
 
 FSDP divides the first three by the number of processes and holds two gathered layers besides. KEPT was counted with
 torch's saved_tensors_hooks on Llama layers. LIBRARIES and SLACK (what glibc's allocator cannot use again) were measured
@@ -142,7 +143,8 @@ def needed(shape: Shape, load: Load, *, lora_r: int | None, bf16: bool, checkpoi
     chunk = max(64, (CHUNK_BYTES if on_cpu else CUDA_CHUNK_BYTES) // (size * shape.vocabulary))
     logits = min(load.trained, chunk) * shape.vocabulary
     rounded = 2 if bf16 else 0  # of the matrix, and of its gradient
-    head = size * logits + shape.vocabulary * shape.hidden * (rounded + (0 if lora else 4 + rounded))
+    head = shape.vocabulary * shape.hidden * (rounded + (0 if lora else 4 + rounded))
+    head += logits * (size if on_cpu else size + 4)
     return {"weights": weights, "gradients": gradients, "optimizer": states, "activations": int(activations) + gathered,
             "head": head, "libraries": LIBRARIES if on_cpu else CONTEXT}
 

@@ -320,6 +320,7 @@ def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.d
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def _logits(model: nn.Module, samples: list[list[int]]) -> list[torch.Tensor]:
     model.set_attn_implementation("eager") if isinstance(model, PreTrainedModel) else \
         model.get_base_model().set_attn_implementation("eager")

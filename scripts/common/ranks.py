@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -36,7 +36,8 @@ GRACE_SECONDS = 5.0  # for a dead process's neighbours to notice by themselves, 
 
 def on_main(watch: Watch, work: Callable[[], T]) -> T:
     """The result of work() on the main process, for all (it is pickled). A fault of it ends all with its exit status;
-    the main process alone says why. It may take any time."""
+    the main process alone says why. It may take any time, as long as it shows that it comes further (`Watch.through`)
+    or lives (`Watch.alive`)."""
     if watch.world == 1:
         return work()
     from accelerate.utils import broadcast_object_list
@@ -45,8 +46,7 @@ def on_main(watch: Watch, work: Callable[[], T]) -> T:
     watch.turns += 1
     if watch.rank == 0:
         try:
-            with watch.alive():
-                result = work()
+            result = work()
         except Exception as found:
             fault = found
         watch.store.set(f"main {watch.turns}", "done")
@@ -108,15 +108,27 @@ class Watch:
         done = threading.Event()
 
         def note_it() -> None:
-            while not done.wait(min(60.0, self.seconds / 4)):
-                self.at(self.place)
+            with suppress(RuntimeError):  # the store's host has ended, which `look` tells
+                while not done.wait(min(60.0, self.seconds / 4)):
+                    self.at(self.place)
 
+        thread = threading.Thread(target=note_it, name="alive", daemon=True)
         if self.world > 1:
-            threading.Thread(target=note_it, name="alive", daemon=True).start()
+            thread.start()
         try:
             yield
         finally:
             done.set()
+            if self.world > 1:
+                thread.join(GRACE_SECONDS)
+
+    def meet(self) -> None:
+        """Wait for all processes, for any time: a collective call would run into its time limit."""
+        if self.world > 1:
+            self.turns += 1
+            self.store.set(f"met {self.turns} {self.rank}", "done")
+            while not self.store.check([f"met {self.turns} {rank}" for rank in range(self.world)]):
+                time.sleep(0.02)
 
     def note(self, end: str = "") -> None:
         self.store.set(str(self.rank), json.dumps({
