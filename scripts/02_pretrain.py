@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +94,7 @@ def read_tokens(paths: list[str], chat: Chat) -> np.ndarray:
         try:
             with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
                 text = file.read()
-        except (OSError, EOFError, UnicodeDecodeError) as fault:
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as fault:
             raise UserError(f"{path}: {getattr(fault, 'strerror', None) or fault}. --input takes text files in "
                             "UTF-8.") from None
         chunks, start = [], 0

@@ -61,9 +61,10 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     from common.chat import load_chat
     from common.explain import explain_step
     from common.hub import check_alone
-    from common.model import check_vocabulary, model_config
+    from common.model import check_vocabulary, find_model, model_config
     from common.ranks import on_main
-    from common.run import gather_material, load_run
+    from common.render import set_today
+    from common.run import first_start, gather_material, load_run
     from common.rundir import decide
 
     config = run.config
@@ -71,11 +72,16 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
         decide(config.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
     fetch_all(run, weights=False)
     source = config.at(config.source)
+    set_today(first_start(run))
     chat = load_chat(config.at(config.tokenizer_path or config.source), config.prompt_template,
                      system_prompt=config.system_prompt, assistant_turns=config.assistant_turns,
                      train_on_prompt=config.train_on_prompt)
     base = model_config(source)
     check_vocabulary(base, chat, source)
+    if config.use_lora and chat.added_tokens and find_model(source).adapter:
+        raise UserError(f"--init_from {source}: training goes on with its adapter, beside which rows of the new tokens "
+                        f"{' '.join(chat.added_tokens)} would not be trained. Give the --prompt_template it was "
+                        "trained with, or merge it with scripts/04_merge_lora.py and start from the merged model.")
     check_length(config, base)
     check_alone(config, grows=len(chat.tokenizer) > base.get_text_config().vocab_size)
 
@@ -280,11 +286,13 @@ def prove_chat(config: SftConfig, chat: Chat, material: Material) -> list[str]:
     rows = []
     for dataset in material.datasets:
         reader = RowReader(dataset.path, skip_bad_rows=config.skip_bad_rows, role_map=config.roles() | chat.role_map)
-        used = set(dataset.lines.tolist())
+        used = set(dataset.lines[:100 * 200].tolist())
         rows += islice((row for row in reader if row.line in used), 200)
+    unseen = sum(bool(row.tools) for row in rows) if "tools" not in chat.template else 0
     apart = chat.encoded_apart
     found = chat.prove(rows)
-    lines = []
+    lines = [f"template: {unseen:,} of the first {len(rows):,} rows bring tools, which {config.prompt_template} does "
+             "not show: the model learns calls of what it is not told. Give a template that does"] if unseen else []
     if chat.native:
         if found["unsafe"]:
             lines.append(f"tokenizer: {found['unsafe']:,} texts cannot be encoded by the converted tokenizer without "

@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
     if output.exists() and not config.overwrite_output_dir:
         raise UserError(f"{output}: is there already. --overwrite_output_dir replaces it, --output_dir leaves it "
                         f"alone.")
+    if output.exists():
+        check_replaceable(output, run)
 
     repo = check_push(config.push_to_hub, str(run)) if config.push_to_hub else None
     from common.chat import load_saved_chat
@@ -70,6 +72,15 @@ def main(argv: list[str]) -> int:
         card = hub_card(file.read_text(encoding="utf-8"), run.absolute().name, repo, True) if file.is_file() else ""
         push(output, repo, card, again, print)
     return 0
+
+
+def check_replaceable(output: Path, run: Path) -> None:
+    """UserError where --overwrite_output_dir would remove more than a merged model."""
+    names = {path.name for path in output.iterdir()} if output.is_dir() else {"a file"}
+    holds_run = output.resolve() in (run.resolve(), *run.resolve().parents)
+    if holds_run or names & {"run.json", "adapter_config.json"} or (names and "config.json" not in names):
+        raise UserError(f"{output}: it holds something else than a merged model, and --overwrite_output_dir would "
+                        "remove that. Name another --output_dir.")
 
 
 def prompts(run: Path, chat: object) -> list[list[int]]:

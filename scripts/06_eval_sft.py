@@ -10,8 +10,9 @@ In: a run of 03_sft.py, a model or adapter directory, or a Hub id, and files of 
 rows). Out, in OUTPUT_DIR: eval_results.json, samples.jsonl, report.html; with --gen_only gen_samples.jsonl, with
 --compare compare.json and compare_samples.jsonl, with --predict predictions.jsonl; with --golden and --chat nothing.
 
-The base model is asked the same rows, once through the chat template and once in plain text (where a short answer is
-expected, the first line it says is its answer); for its answers and for its loss the better way counts. In
+The base model is asked the same rows, through the chat template, in plain text (where a short answer is expected, the
+first line it says is its answer) and through a template of its own; for its answers and for its loss the best way
+counts. In
 eval_results.json the numbers at the top are those of the first data set ("main"); those of a further data set NAME
 follow as exact_match_NAME and so on; "datasets" has each in full, "total" all rows together. common/scores.py says what
 each number means, common/golden.py how golden prompts are written. Several processes share the rows.
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> int:
     tune_allocator()
     quiet_libraries()
     with joined_team() as team:
-        say = (lambda line: print(line, flush=True)) if team.main else (lambda line: None)
+        say = speaker(team.main)
         for line in use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
             say(line)
         tasks = {"gen_only": show_answers, "chat": talk, "predict": predict, "golden": check_golden,
@@ -140,6 +141,18 @@ def main(argv: list[str]) -> int:
         task = next((tasks[mode] for mode in NOT_WITH if getattr(config, mode)), evaluate)
         task(config, team, say)
     return 0
+
+
+def speaker(main: bool) -> Say:
+    """Print a line on the main process. Whoever reads may leave (`… | head`): what is measured is written all the
+    same."""
+    def say(line: str) -> None:
+        try:
+            if main:
+                print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return say
 
 
 # ---- tasks
@@ -160,7 +173,8 @@ def evaluate(config: EvalConfig, team: Team, say: Say) -> None:
     tuned = measure_all(model, chat, sets, options, "tuned", say)
     del model  # its memory is the baseline's
     other = find_baseline(subject, config.baseline_path, config.tokenizer_path, config.prompt_template, say)
-    baseline = measure_baseline(config, other, chat, sets, options, load_for, say) if other else None
+    baseline = measure_baseline(config, other, chat, subject.settings.get("system_prompt"), sets, options, load_for,
+                                say) if other else None
     if team.main:
         leave(config, subject, other, sets, tuned, baseline, stops, time.time() - started, say)
 
@@ -216,9 +230,9 @@ def compare_runs(config: EvalConfig, team: Team, say: Say) -> None:
     place = output_dir(config)
     place.mkdir(parents=True, exist_ok=True)
     atomic_json(place / "compare.json", found)
+    write_lines(place / "compare_samples.jsonl", side_by_side(names, sets, measured), "answers", say)
     say(comparison_table(found))
     say(str(place / "compare.json"))
-    write_lines(place / "compare_samples.jsonl", side_by_side(names, sets, measured), "answers", say)
 
 
 def check_golden(config: EvalConfig, team: Team, say: Say) -> None:
@@ -338,13 +352,16 @@ def options_of(config: EvalConfig, team: Team) -> Options:
                    config.seed, bar, team)
 
 
-def measure_baseline(config: EvalConfig, other: Baseline, tuned: Chat, sets: list[EvalSet], options: Options,
-                     load_for: Callable, say: Say) -> list[tuple[Measured, dict]] | None:
-    """Measure the base through the template and in plain text; for each set the better way counts."""
+def measure_baseline(config: EvalConfig, other: Baseline, tuned: Chat, system_prompt: str | None, sets: list[EvalSet],
+                     options: Options, load_for: Callable, say: Say) -> list[tuple[Measured, dict]] | None:
+    """Measure the base through the template, in plain text, and through a template of its own where it brings one; for
+    each set the best way counts. It is told what the tuned model's template tells: the run's system prompt."""
     from common.chat import load_chat
-    from common.evaluate import better_of, measure_all
+    from common.evaluate import best_of, measure_all, with_system
+    from common.subject import default_template
 
     turns = tuned.assistant_turns  # the same answers are measured
+    sets = with_system(sets, system_prompt)
     try:
         chat = load_chat(other.tokenizer_path, other.template, assistant_turns=turns)
         model = load_for(other.path, chat, dtype=config.dtype, seed=config.seed, say=say)
@@ -353,11 +370,17 @@ def measure_baseline(config: EvalConfig, other: Baseline, tuned: Chat, sets: lis
             raise
         say(f"baseline: none, because it cannot be loaded. {fault}")
         return None
-    say(f"baseline {other.path}: asked through the template and plainly, the better way counts")
-    template = measure_all(model, chat, sets, options, "baseline through the template", say)
+    say(f"baseline {other.path}: asked in several ways, the best one counts")
+    found = {"template": measure_all(model, chat, sets, options, "baseline through the template", say)}
     raw = load_chat(other.tokenizer_path, "raw", assistant_turns=turns)
-    plain = measure_all(model, raw, sets, options, "baseline in plain text", say, plain=True)
-    return [better_of(a, b) for a, b in zip(template, plain)]
+    found["plain"] = measure_all(model, raw, sets, options, "baseline in plain text", say, plain=True)
+    if other.template != "model" and default_template(other.tokenizer_path) == "model":
+        own = load_chat(other.tokenizer_path, "model", assistant_turns=turns)
+        try:
+            found["its own template"] = measure_all(model, own, sets, options, "baseline through its own template", say)
+        except UserError as fault:
+            say(f"baseline: its own template does not fit these rows. {fault}")
+    return [best_of({way: measured[i] for way, measured in found.items()}) for i in range(len(sets))]
 
 
 # ---- results
@@ -372,7 +395,7 @@ def output_dir(config: EvalConfig) -> Path:
 
 def leave(config: EvalConfig, subject: Subject, other: Baseline | None, sets: list[EvalSet], tuned: list[Measured],
           baseline: list[tuple[Measured, dict]] | None, stops: dict, seconds: float, say: Say) -> None:
-    """Write eval_results.json, samples.jsonl and report.html; print the table and some answers."""
+    """Write eval_results.json, samples.jsonl and report.html; then print the table and some answers."""
     from common.checkpoint import atomic_json, atomic_write
     from common.config import to_dict
     from common.evaluate import results, samples
@@ -381,19 +404,19 @@ def leave(config: EvalConfig, subject: Subject, other: Baseline | None, sets: li
     from common.tables import evaluation_table
 
     pairs = [(s.name, s.cases) for s in sets]
-    found = results(pairs, tuned, baseline, train_answers(subject), config.seed)
+    found = results(pairs, tuned, baseline, train_answers(subject, say), config.seed)
     found |= {"model": config.model_path, "baseline_model": other.path if other and baseline else None, "stops": stops,
               "rows_read": {s.name: s.counts for s in sets}, "settings": to_dict(config), "seconds": round(seconds, 1)}
     lines = samples(pairs, tuned, baseline)
     place = output_dir(config)
     place.mkdir(parents=True, exist_ok=True)
     atomic_json(place / "eval_results.json", found)
+    atomic_write(place / "report.html", eval_report(found, lines, subject.run_dir))
+    write_lines(place / "samples.jsonl", lines, "answers", say)
     for line in lines[:config.num_gen_samples]:
         show(line, say)
     say(evaluation_table(found))
     say(str(place / "eval_results.json"))
-    write_lines(place / "samples.jsonl", lines, "answers", say)
-    atomic_write(place / "report.html", eval_report(found, lines, subject.run_dir))
     say(f"report: {place / 'report.html'}")
 
 

@@ -310,7 +310,8 @@ def to_csv(rows: BinaryIO, out: BinaryIO) -> None:
     names = list(dict.fromkeys(name for line in rows for name in json.loads(line)))
     rows.seek(0)
     text = io.TextIOWrapper(out, "utf-8", newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    # Python before 3.12 leaves a field with a lone carriage return unquoted
+    writer = csv.DictWriter(text, names, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writeheader()
     writer.writerows({k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
                       for k, v in json.loads(line).items()} for line in rows)

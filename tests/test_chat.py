@@ -378,6 +378,43 @@ def test_tools_reach_the_template(qwen_like: str, tmp_path: Path) -> None:
     assert chat.encode_rows([row(("user", "a"), ("assistant", "b"))])[0].input_ids.tolist() != ids
 
 
+def test_a_call_that_begins_with_a_control_token_is_trained_to_its_end(byte_level: str, tmp_path: Path) -> None:
+    """Mistral's [TOOL_CALLS]: the only token of the call that was trained, and the end of the turn never."""
+    source = ("{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}"
+              "{% elif m.role == 'tool' %}{{ '<|im_start|>result ' + m.content }}"
+              "{% else %}{{ m.content or '' }}{% if m.tool_calls %}{{ '<|im_start|>' }}{{ m.tool_calls | tojson }}"
+              "{% endif %}{{ eos_token + '\n' }}{% endif %}{% endfor %}")
+    chat = with_source(byte_level, tmp_path, source)
+    chat = load_chat(byte_level, str(tmp_path / "own.jinja"))
+    chat.tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chat.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    chat = load_chat(str(tmp_path / "tokenizer"), str(tmp_path / "own.jinja"))
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"a": 1}}}]
+    for said in (None, "wait"):
+        one = row(("user", "a"), ("assistant", said), ("tool", "b"), ("assistant", "c"), ("user", "d"))
+        one.messages[1]["tool_calls"] = calls
+        encoded = chat.encode_rows([one])[0]
+        trained = chat.tokenizer.decode(encoded.input_ids[encoded.trained])
+        assert trained == f"{said or ''}<|im_start|>{json.dumps(calls)}<|endoftext|>c<|endoftext|>"
+
+
+def test_templates_are_told_the_day_of_the_first_start(byte_level: str, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a run that was started anew after midnight differ; cached ones hold the day of another run."""
+    from datetime import datetime
+
+    from common import render
+
+    source = "{{ strftime_now('%d %b') }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    seen = []
+    for day in (3, 4):
+        monkeypatch.setattr(render, "_today", datetime(2026, 1, day, 23, 50))
+        chat = with_source(byte_level, tmp_path, source)
+        seen.append((chat.fingerprint(), chat.tokenizer.decode(chat.encode_rows([row(("user", "a"), (
+            "assistant", "b"))])[0].input_ids)))
+    assert seen[0][0] != seen[1][0] and seen[0][1].startswith("03 Jan") and seen[1][1].startswith("04 Jan")
+
+
 def test_generation_blocks_decide_what_is_trained(byte_level: str, tmp_path: Path) -> None:
     """Blocks around other things than contents, and around the last answer only."""
     source = ("{% for m in messages %}{% if m.role == 'assistant' and loop.last %}A{% generation %}"

@@ -18,7 +18,7 @@ from common.chat import load_chat
 from common.evaluate import (
     Measured,
     Options,
-    better_of,
+    best_of,
     few,
     make_case,
     measure,
@@ -26,9 +26,11 @@ from common.evaluate import (
     results,
     score,
     trivial_answers,
+    with_system,
 )
 from common.faults import NotFinite, UserError, run_main
 from common.generate import Generated, generate
+from common.questions import EvalSet
 from common.rows import Row
 from common.scores import (
     METRICS,
@@ -314,9 +316,72 @@ def test_rules_without_a_model() -> None:
 def test_the_better_way_of_asking_counts_for_the_base() -> None:
     """Guards against a base that loses for free because it has never seen the chat tokens."""
     plain, template = (Measured(tables(20, 1, chance), [], []) for chance in (0.9, 0.0))
-    best, asked = better_of(template, plain)
+    best, asked = best_of({"template": template, "plain": plain})
     assert asked["answers"] == "plain"
     assert summarise(best.table)["exact_match"] == summarise(plain.table)["exact_match"]
+    own = Measured(tables(20, 2, 1.0), [], [])
+    assert best_of({"template": template, "plain": plain, "its own template": own})[1]["answers"] == "its own template"
+
+
+def test_the_base_is_told_what_the_tuned_model_is_told() -> None:
+    """Guards against a base that is asked without the run's system prompt: the difference is partly the prompt's."""
+    asked, told = cases([("q", "a"), ("w", "b")])
+    told.row.messages.insert(0, {"role": "system", "content": "mine"})
+    told = make_case(told.row, "s")
+    sets = [EvalSet("one", "x", [asked, told, make_case(Row(3, None, text="plain"), "s")])]
+    assert with_system(sets, None) == sets
+    found = with_system(sets, "be brief")[0].cases
+    assert [m["content"] for m in found[0].context] == ["be brief", "q"] == [
+        m["content"] for m in found[0].row.messages[:2]]
+    assert found[1:] == sets[0].cases[1:]
+
+
+def test_rows_of_one_prompt_are_drawn_together() -> None:
+    """Guards against intervals that shrink when every row is there four times (the replies of a conversation tree)."""
+    table, prompts = tables(60, 0, 0.5), np.arange(60)
+    four = {name: np.repeat(values, 4, 0) for name, values in table.items()}
+    once, often = compare(table, seed=1, prompts=prompts)[0], compare(four, seed=1, prompts=np.repeat(prompts, 4))[0]
+    assert all(np.allclose(once[name], often[name]) for name in once)
+    low, high = compare(four, seed=1)[0]["exact_match"]
+    assert high - low < 0.7 * (once["exact_match"][1] - once["exact_match"][0])
+    assert compare(four, seed=1, prompts=np.zeros(240, int)) == compare(four, seed=1)  # one prompt alone: its rows
+
+
+def test_rows_of_tool_calls_have_bytes_and_intervals_are_finite() -> None:
+    """Guards against a loss that is divided by no bytes: infinite bits, which JSON does not take, after hours."""
+    call = {"role": "assistant", "content": None, "train": True,
+            "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"a": "ü"}}}]}
+    assert response_bytes(Row(1, [{"role": "user", "content": "q"}, call])) == len(json.dumps(
+        call["tool_calls"][0], ensure_ascii=False).encode())
+    table = tables(3, 0, 1.0)
+    table["bits_per_byte"][1:, 1] = 0.0  # rows without bytes all the same: a draw of them alone is left out
+    json.dumps(compare(table, table), allow_nan=False)
+
+
+def test_a_reader_that_leaves_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against `… | head`, which ended the evaluation with status 0 before its files were written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        say = SCRIPT.speaker(True)
+        say("nobody reads this")
+        say("nor this")
+
+
+def test_what_other_processes_alone_meet_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a rank whose loss is not finite and that ends without a word."""
+    import torch.distributed as dist
+
+    from common.faults import SaidElsewhere
+    from common.team import joined_team
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"init_process_group": None, "get_rank": 1, "destroy_process_group": None}.items():
+        monkeypatch.setattr(dist, name, lambda *_, value=value, **__: value)
+    for fault, seen in ((NotFinite("x"), NotFinite), (UserError("x"), SaidElsewhere)):
+        with pytest.raises(seen), joined_team():
+            raise fault
 
 
 def test_numbers_at_the_top_are_those_of_the_first_data_set() -> None:

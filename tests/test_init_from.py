@@ -102,3 +102,15 @@ def test_a_model_is_needed_from_somewhere(train, tmp_path):
     assert ran.status == 2 and "--model_path: it is missing" in ran.err
     ran = train(tmp_path / "run", "--init_from", tmp_path / "nothing")
     assert ran.status == 2 and "nothing" in ran.err
+
+
+def test_rows_that_nothing_would_train_are_refused(train, tmp_path, tiny_model, spm_unigram):
+    """Guards against an adapter that is trained on with a template whose new tokens are neither trained nor saved."""
+    base = ["--model_path", tiny_model, "--tokenizer_path", spm_unigram, "--max_steps", "1"]
+    train(tmp_path / "first", *base, "--prompt_template", "instruct").ok()
+    refused = train(tmp_path / "second", "--init_from", tmp_path / "first", "--max_steps", "1")
+    assert refused.status == 2 and "would not be trained" in refused.err and not (tmp_path / "second").exists()
+    same = [*STILL, "--init_from", tmp_path / "first", "--prompt_template", "instruct"]
+    refused = train(tmp_path / "third", *same, "--lora_target_modules", "q_proj")
+    assert refused.status == 2 and "--lora_target_modules" in refused.err
+    train(tmp_path / "fourth", *same).ok()

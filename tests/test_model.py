@@ -1,6 +1,8 @@
 """The model: new rows seeded apart and trained under LoRA, special ids written, merges exact, others refused."""
 from __future__ import annotations
 
+import importlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,39 @@ def test_lora_trains_the_new_rows_and_no_other_and_merges_exactly(tmp_path: Path
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
 
 
+def test_a_merged_model_stops_where_the_run_stops(tmp_path: Path, chat: object) -> None:
+    """Bug: a base that knew the chat's tokens has its own stop ids, and the merged model writes on past the end."""
+    model = grown(tmp_path, chat, rows=len(chat.tokenizer) + 30)
+    model.generation_config.eos_token_id = 3
+    adapted = add_lora(model, SftConfig(model_path="x", dataset_paths=["x"]), [])
+    merge_and_save(adapted, chat, tmp_path / "merged", torch.float32, [[2, 5, 7]])
+    found = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert found["eos_token_id"] == [chat.end_id, 3] and len(found["suppress_tokens"]) == 30
+
+
+def test_the_base_of_an_adapter_is_its_own(tmp_path: Path, chat: object) -> None:
+    """Bug: a run called base beside other runs is taken for their base."""
+    base = make_llama(tmp_path / "start", 390)
+    for place in (tmp_path / "runs" / "small", tmp_path / "runs" / "small" / "checkpoint-3"):
+        save_adapter(add_lora(load_model(base), SftConfig(model_path="x", dataset_paths=["x"]), []), place)
+        config = json.loads((place / "adapter_config.json").read_text())
+        (place / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    make_llama(tmp_path / "runs" / "base", 390, seed=5)
+    small = tmp_path / "runs" / "small"
+    assert find_model(str(small)).base == find_model(str(small / "checkpoint-3")).base == base
+    make_llama(small / "base", 390, seed=6)
+    assert find_model(str(small)).base == find_model(str(small / "checkpoint-3")).base == str(small / "base")
+
+
+def test_sampling_values_of_an_older_model_can_be_saved(tmp_path: Path, chat: object) -> None:
+    """Bug: a temperature without do_sample, as Llama 2 came with: every checkpoint fails, after 100 steps."""
+    model = grown(tmp_path, chat)
+    model.generation_config.temperature, model.generation_config.do_sample = 0.6, False
+    set_special_ids(model, chat)
+    save_full(model, tmp_path / "saved", torch.float32)
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
 def test_saved_in_half_precision_when_asked_and_unchanged_in_memory(tmp_path: Path, chat: object) -> None:
     """Bug: rounding for the export rounds the weights that train on."""
     model = grown(tmp_path, chat)
@@ -177,3 +212,19 @@ def test_what_is_saved_gives_the_same_ids(tmp_path: Path, spm_bpe: str) -> None:
         chat.encode_texts([text])[0]
     assert np.array_equal(load_chat(str(tmp_path / "saved"), "chatml").encode_rows(ROWS)[0].input_ids,
                           chat.encode_rows(ROWS)[0].input_ids)
+
+
+def test_only_a_merged_model_is_replaced(tmp_path: Path) -> None:
+    """Bug: --overwrite_output_dir removes a run with its checkpoints, or a directory of many."""
+    check = importlib.import_module("04_merge_lora").check_replaceable
+    run, merged, new = tmp_path / "runs" / "one", tmp_path / "runs" / "one" / "merged", tmp_path / "new"
+    for place in (merged, new):
+        place.mkdir(parents=True)
+    check(new, run)
+    (run / "adapter_config.json").touch()
+    (merged / "config.json").touch()
+    check(merged, run)
+    (new / "notes.txt").touch()
+    for place in (run, run.parent, tmp_path, new, run / "adapter_config.json"):
+        with pytest.raises(UserError, match="Name another"):
+            check(place, tmp_path / "elsewhere" if place == run else run)

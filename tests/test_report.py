@@ -105,8 +105,8 @@ def test_worst_answers_come_first() -> None:
 
 def test_base_and_tuned_stand_side_by_side() -> None:
     """Guards against an answer without what it is to be compared with, or numbers on the wrong side."""
-    lines = [sample(prediction="new answer", baseline_prediction="old answer", baseline_nll=6.0, chrf=0.25,
-                    reference="wanted", exact_match=None)]
+    lines = [sample(prediction="new answer", baseline_prediction="old answer", baseline_nll=6.0, baseline_tokens=2,
+                    chrf=0.25, reference="wanted", exact_match=None)]
     text = safe(report_eval.eval_report(found(["d"]), lines)).text
     for part in ("expectedwanted", "base · 3.000 nats a tokenold answer",
                  "tuned · 0.500 nats a token · chrF 0.25new answer"):
@@ -264,3 +264,18 @@ def test_the_same_run_gives_the_same_page(run: Path) -> None:
     first = (run / "report.html").read_bytes()
     report_train.training_report(run)
     assert (run / "report.html").read_bytes() == first
+
+
+def test_a_huge_answer_does_not_take_the_place_of_all() -> None:
+    """Guards against a conversation of 200 long turns that leaves a report without answers."""
+    turns = [{"role": "user", "content": "漢" * 1990}] * 400
+    lines = [sample(prompt="huge", exact_match=False, messages=turns), sample(prompt="usual")]
+    assert [line["prompt"] for line in report_eval.worst_first(lines)] == ["usual"]
+
+
+def test_the_bases_loss_is_per_token_of_its_own() -> None:
+    """Guards against nats of one tokenizer divided by the tokens of another, and 0.000 for what was not measured."""
+    text = safe(report_eval.eval_report(found(["d"]), [sample(
+        baseline_prediction="x", baseline_nll=6.0, baseline_tokens=4), sample(
+        baseline_prediction="y", baseline_nll=None, baseline_tokens=0)])).text
+    assert "base · 1.500 nats a token" in text and "basey" in text

@@ -23,7 +23,7 @@ import numpy as np
 from common.faults import UserError
 from common.hub import local_model
 from common.pool import Pool, gather
-from common.render import Template
+from common.render import Template, today
 from common.spm import SentencePiece, prove_equal, to_fast
 from common.template_file import TemplateFile, facts, read_template_file, to_jinja
 from common.words import Words, of_fast
@@ -288,6 +288,10 @@ class Chat:
         parts = [self._tokenizer_state, self.template, str(sorted(self._controls.items())), str(self.eos_id),
                  self.native.sha256 if self.native else "", self.assistant_turns, str(self.train_on_prompt),
                  str(self.adds_bos), str(FORMAT)]
+        if self.template_name not in BUILT_IN and "_token" in self.template:
+            parts.append(str(sorted(self.tokenizer.special_tokens_map.items())))
+        if "strftime_now" in self.template:
+            parts.append(today().strftime("%Y-%m-%d"))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def save(self, directory: str | Path) -> None:

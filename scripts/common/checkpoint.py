@@ -350,7 +350,7 @@ def tidy(run_dir: Path | str) -> None:
         replaced = re.fullmatch(r"\.replaced-(checkpoint-\d+)\.\d+", path.name)
         if replaced and not path.with_name(replaced[1]).exists():
             os.rename(path, path.with_name(replaced[1]))
-        elif replaced or re.fullmatch(r"\.(partial|removed)-checkpoint-\d+\.\d+", path.name):
+        elif replaced or re.fullmatch(r"\.((partial|removed)-checkpoint-\d+|base|merged)\.\d+", path.name):
             shutil.rmtree(path, ignore_errors=True)
         elif re.fullmatch(r"\..+\.\d+-\d+\.tmp", path.name):
             path.unlink()

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.evaluate import Measured
+import numpy as np
+
+from common.evaluate import Measured, prompts_of
 from common.faults import UserError
 from common.questions import EvalSet
 from common.scores import Table, compare, joined, on_same_rows, summarise
@@ -37,15 +39,17 @@ def comparison(names: list[str], sets: list[EvalSet], measured: list[list[Measur
     Each entry: "numbers" (model -> means and intervals), "differences" (model -> number -> value, low, high, to the
     first model, on the rows that both could read).
     """
-    entries = {s.name: _entry(names, [m[i].table for m in measured], seed) for i, s in enumerate(sets)}
-    total = _entry(names, [joined(one.table for one in m) for m in measured], seed)
+    entries = {s.name: _entry(names, [m[i].table for m in measured], seed, prompts_of(s.cases))
+               for i, s in enumerate(sets)}
+    total = _entry(names, [joined(one.table for one in m) for m in measured], seed,
+                   prompts_of(case for s in sets for case in s.cases))
     return {"models": names, "differences_to": names[0], "datasets": entries, "total": total}
 
 
-def _entry(names: list[str], tables: list[Table], seed: int) -> dict:
+def _entry(names: list[str], tables: list[Table], seed: int, prompts: np.ndarray) -> dict:
     numbers, differences = {}, {}
     for name, table in zip(names, tables):
-        own, _, apart = compare(table, tables[0] if table is not tables[0] else None, seed)
+        own, _, apart = compare(table, tables[0] if table is not tables[0] else None, seed, prompts)
         numbers[name] = summarise(table) | {"intervals": own}
         differences[name] = apart
     pairs = [on_same_rows(table, tables[0]) for table in tables[1:]]

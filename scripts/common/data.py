@@ -13,7 +13,10 @@ import glob
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import socket
 import time
 import unicodedata
 from array import array
@@ -89,9 +92,10 @@ def load_dataset(path: str | Path, chat: Chat, *, max_seq_length: int, too_long:
             place, digest = place_of(hashlib.file_digest(file, "sha256").hexdigest())
             if _is_whole(place, digest):
                 return _open(place, stem, str(path))
-    work = cache_dir / f".{stem}.{os.getpid()}"
-    for left in cache_dir.glob(f".{glob.escape(stem)}.*"):  # of builds that were killed, ours or of another process
-        if left == work or not _is_alive(left.suffix[1:]):
+    here = _works_of(stem)
+    work = cache_dir / f"{here}.{secrets.token_hex(4)}.{os.getpid()}"  # containers may share a name and its numbers
+    for left in cache_dir.glob(f"{glob.escape(here)}.*"):  # of builds that were killed, on this machine
+        if not _is_alive(left.suffix[1:]):
             shutil.rmtree(left, ignore_errors=True)
     work.mkdir(parents=True)
     try:
@@ -109,6 +113,11 @@ def load_dataset(path: str | Path, chat: Chat, *, max_seq_length: int, too_long:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return _open(place, stem, str(path))
+
+
+def _works_of(stem: str) -> str:
+    """How the directories begin in which this machine builds."""
+    return f".{stem}.{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())}"
 
 
 def _described(chat: Chat) -> dict:
@@ -139,7 +148,10 @@ def _is_alive(pid: str) -> bool:
 
 
 def _replace(work: Path, place: Path, digest: str) -> None:
-    """Move a finished directory to its place. Another process may have been faster with the same content."""
+    """Move a finished directory to its place. Another process may have been faster with the same content, and have it
+    open."""
+    if _is_whole(place, digest):
+        return
     shutil.rmtree(place, ignore_errors=True)
     try:
         os.replace(work, place)

@@ -6,12 +6,13 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.chat import Chat, Encoded
+from common.data import prompt_hash
 from common.faults import NotFinite
 from common.generate import Generated, context_limit, fitting_threads, generate
 from common.loss import LossModel, make_batch
@@ -123,12 +124,15 @@ def few(cases: Iterable[Case], count: int, seed: int) -> list[Case]:
 
 
 def response_bytes(row: Row, assistant_turns: str = "all") -> int:
-    """Utf-8 bytes of what is trained of a row: its assistant turns, or all of a plain text."""
+    """Utf-8 bytes of what is trained of a row: its assistant turns with their tool calls (as JSON), or all of a plain
+    text."""
     if row.messages is None:
         return len(row.text.encode())
     turns = [m for m in row.messages if m["role"] == "assistant"]
     turns = turns[-1:] if assistant_turns == "last" else turns
-    return sum(len((m["content"] or "").encode()) for m in turns if m.get("train", True))
+    calls = lambda m: "".join(json.dumps(call, ensure_ascii=False) for call in m.get("tool_calls") or [])
+    said = lambda m: (m["content"] or "") + calls(m)
+    return sum(len(said(m).encode()) for m in turns if m.get("train", True))
 
 
 # ---- from a model
@@ -229,19 +233,29 @@ def first_line(text: str) -> str:
 
 # ---- beside others
 
-def better_of(template: Measured, plain: Measured) -> tuple[Measured, dict[str, str]]:
-    """The baseline: for its answers and for its loss the way of asking that suits it better, and which that was."""
-    a, b = summarise(template.table), summarise(plain.table)
-    plain_loss = b["bits_per_byte"] is not None and (
-        a["bits_per_byte"] is None or b["bits_per_byte"] < a["bits_per_byte"])
-    key = lambda means: tuple(means[name] or 0.0 for name in ("exact_match", "starts_right", "chrf"))
-    plain_answers = key(b) > key(a) or (key(b) == key(a) and plain_loss)
-    said, lost = (plain if plain_answers else template), (plain if plain_loss else template)
-    table = {name: (lost if name in OF_LOSSES else said).table[name]
-             for name in template.table}
-    names = {True: "plain", False: "template"}
-    return (Measured(table, said.answers, said.texts, lost.left_out),
-            {"answers": names[plain_answers], "loss": names[plain_loss]})
+def with_system(sets: list[EvalSet], system_prompt: str | None) -> list[EvalSet]:
+    """The same questions, with the system turn that the tuned model's template puts before those that have none."""
+    if system_prompt is None:
+        return sets
+
+    def told(case: Case) -> Case:
+        if not case.row.messages or case.row.messages[0]["role"] == "system":
+            return case
+        turn = {"role": "system", "content": system_prompt}
+        return replace(case, row=replace(case.row, messages=[turn, *case.row.messages]), context=[turn, *case.context])
+    return [replace(s, cases=[told(case) for case in s.cases]) for s in sets]
+
+
+def best_of(ways: dict[str, Measured]) -> tuple[Measured, dict[str, str]]:
+    """The baseline: for its answers and for its loss the way of asking that suits it best, and which these were."""
+    means = {way: summarise(measured.table) for way, measured in ways.items()}
+    bits = {way: found["bits_per_byte"] for way, found in means.items() if found["bits_per_byte"] is not None}
+    loss = min(bits, key=bits.get) if bits else next(iter(ways))
+    answers = max(ways, key=lambda way: (*(means[way][name] or 0.0 for name in ("exact_match", "starts_right", "chrf")),
+                                         way == loss))
+    said, lost = ways[answers], ways[loss]
+    table = {name: (lost if name in OF_LOSSES else said).table[name] for name in said.table}
+    return Measured(table, said.answers, said.texts, lost.left_out), {"answers": answers, "loss": loss}
 
 
 def trivial_answers(cases: list[Case], train_answers: Counter[str] | None = None) -> dict | None:
@@ -278,7 +292,7 @@ def results(sets: list[tuple[str, list[Case]]], tuned: list[Measured], baseline:
     entries = {}
     for i, (name, cases) in enumerate(sets):
         base, forms = baseline[i] if baseline else (None, {})
-        entries[name] = _entry(tuned[i].table, base.table if base else None, forms, seed)
+        entries[name] = _entry(tuned[i].table, base.table if base else None, forms, seed, prompts_of(cases))
         entries[name] |= {"left_out_too_long": tuned[i].left_out,
                           "answers_cut_by_context": sum(bool(a and a.cut) for a in tuned[i].answers),
                           "majority": trivial_answers(cases, train_answers)}
@@ -286,7 +300,8 @@ def results(sets: list[tuple[str, list[Case]]], tuned: list[Measured], baseline:
         if len(kinds) > 1:
             entries[name]["sources"] = {kind: summarise(chosen_rows(tuned[i].table, [
                 k for k, case in enumerate(cases) if case.source == kind])) for kind, _ in kinds.most_common(20)}
-    total = _entry(joined(m.table for m in tuned), joined(m.table for m, _ in baseline) if baseline else None, {}, seed)
+    total = _entry(joined(m.table for m in tuned), joined(m.table for m, _ in baseline) if baseline else None, {}, seed,
+                   prompts_of(case for _, cases in sets for case in cases))
     main = next(iter(entries))
     found = {"main": main, "main_rule": "numbers at the top are those of this data set, NAME_X those of data set X",
              **{k: (dict(v) if isinstance(v, dict) else v) for k, v in entries[main].items()}}
@@ -299,9 +314,14 @@ def results(sets: list[tuple[str, list[Case]]], tuned: list[Measured], baseline:
     return found | {"datasets": entries, "total": total}
 
 
-def _entry(tuned: Table, base: Table | None, forms: dict[str, str], seed: int) -> dict:
+def prompts_of(cases: Iterable[Case]) -> np.ndarray:
+    """A number for each case, the same for those that begin with the same prompt (replies of one conversation tree)."""
+    return np.unique([prompt_hash(case.row.first_prompt()) for case in cases], return_inverse=True)[1]
+
+
+def _entry(tuned: Table, base: Table | None, forms: dict[str, str], seed: int, prompts: np.ndarray) -> dict:
     """Means, intervals and comparison of one set of rows."""
-    own, other, apart = compare(tuned, base, seed)
+    own, other, apart = compare(tuned, base, seed, prompts)
     entry = summarise(tuned) | {"intervals": own, "baseline": None, "difference": apart}
     if base:
         entry["baseline"] = summarise(base) | {"intervals": other} | ({"asked": forms} if forms else {})
@@ -326,6 +346,7 @@ def samples(sets: list[tuple[str, list[Case]]], tuned: list[Measured],
                 line["messages"] = case.context
             if baseline:
                 line["baseline_prediction"] = baseline[i][0].texts[k]
-                line["baseline_nll"] = float(baseline[i][0].table["loss"][k][0]) if tokens else None
+                nll, tokens = baseline[i][0].table["loss"][k]
+                line |= {"baseline_nll": float(nll) if tokens else None, "baseline_tokens": int(tokens)}
             lines.append(line)
     return lines

@@ -5,6 +5,7 @@
 """
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -63,4 +64,11 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
     except OSError as fault:
         place = f"{fault.filename}: " if fault.filename else ""
         print(f"disk or I/O error: {place}{fault.strerror or fault}", file=sys.stderr)
+        return 74
+    except Exception as fault:
+        from common.checkpoint import no_space
+
+        if not (found := no_space(fault)):  # a full disk by a library's own name
+            raise
+        print(f"disk or I/O error: {os.strerror(found)} ({fault})", file=sys.stderr)
         return 74

@@ -340,7 +340,8 @@ def push(directory: Path, repo: str, card: str, again: str, say: Callable[[str],
         for left in reversed(range(tries)):
             try:
                 url = HfApi().create_repo(repo, private=True, exist_ok=True)
-                HfApi().upload_folder(repo_id=repo, folder_path=stage, commit_message="Fine-tuned model")
+                HfApi().upload_folder(repo_id=repo, folder_path=stage, commit_message="Fine-tuned model",
+                                      delete_patterns=[*PUSHED])  # an adapter of before would go before a whole model
                 break
             except Exception as found:
                 fault = refusal(found, Ref("model", repo))

@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from common.attention import set_ordinary_attention
 from common.card import model_card, modelfile
 from common.chat import Chat
@@ -69,9 +71,10 @@ def export_rendered(path: str, material: Material, chat: Chat) -> str:
     def lines() -> Iterator[dict]:
         nonlocal counts
         for d in [*material.datasets, *brought]:
-            kept, key = set(d.lines.tolist()), d.meta["key"]
+            kept, key = np.unique(d.lines), d.meta["key"]
             for row in RowReader(d.path, skip_bad_rows=key["skip_bad_rows"], role_map=key["role_map"]):
-                if row.line in kept:
+                place = np.searchsorted(kept, row.line)
+                if place < len(kept) and kept[place] == row.line:
                     text, spans = chat.rendered(row)
                     label = {} if row.id is None else {"id": row.id}
                     counts += 1

@@ -5,6 +5,7 @@ import copy
 import ctypes
 import json
 import os
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -77,7 +78,9 @@ def find_model(path: str) -> Place:
     if place.is_dir():
         if (place / "adapter_config.json").exists():
             adapter = json.loads((place / "adapter_config.json").read_text())
-            for beside in (place / "base", place.parent / "base"):  # written here when the embeddings were resized
+            # written when the embeddings were resized, beside a run's adapter and its checkpoints
+            own = place.parent if re.fullmatch(r"(broken-)?checkpoint-\d+", place.name) else place
+            for beside in (place / "base", own / "base"):
                 if (beside / "config.json").exists():
                     return Place(str(beside), str(place))
             named, revision = adapter["base_model_name_or_path"], adapter.get("revision")
@@ -206,6 +209,10 @@ def set_special_ids(model: PreTrainedModel, chat: Chat) -> None:
     """Write bos, eos, pad and the stop ids into config and generation_config, where plain `transformers` looks."""
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.pad_token_id = chat.bos_id, chat.pad_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # older models name a temperature without do_sample, and a changed file is not saved so
+        model.generation_config.do_sample = True
     model.config.eos_token_id = chat.eos_id
     model.generation_config.eos_token_id = chat.stop_ids if len(chat.stop_ids) > 1 else chat.stop_ids[0]
     spare = range(len(chat.tokenizer), model.get_input_embeddings().weight.shape[0])
@@ -308,12 +315,16 @@ def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.d
         raise UserError(f"{directory}: merged and adapter logits differ by {fp32:.1e} in fp32, more than "
                         f"{MERGE_TOLERANCE:g} of their size. The adapter is kept; please report the model and LoRA "
                         "settings.")
+    set_special_ids(merged, chat)  # a base that knew the chat's tokens has other stop ids in its files
     work = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
-    save_full(merged, work, dtype)
-    chat.save(work)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(work, directory)
+    try:
+        save_full(merged, work, dtype)
+        chat.save(work)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(work, directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     saved = load_model(str(directory)).eval()
     return {"fp32": fp32, "saved": _largest_difference(before, _logits(saved, samples)), "largest": largest,
             "dtype": str(dtype)[6:]}

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.evaluate import BUILT_IN_PROMPTS, Case, few, is_short, make_case
 from common.faults import UserError
-from common.records import Bad
+from common.records import Bad, parse
 from common.rows import FORMS, Row, RowReader
 from common.settings import dataset_name
 from common.subject import Subject
@@ -50,12 +50,14 @@ class QuestionReader(RowReader):
     def _ask(self, record: dict) -> None:
         form = next((f for f, keys in FORMS.items() if any(record.get(key) is not None for key in keys)), None)
         turns = record.get(form)
+        if self._tabular and form in ("messages", "conversations") and isinstance(turns, str):
+            turns = parse(turns)
         if form == "text":
             raise Bad("plain text asks nothing. Give prompt, or messages.")
         if form in ("messages", "conversations") and isinstance(turns, list) and turns:
             last = turns[-1] if isinstance(turns[-1], dict) else {}
             names = ("from", "value") if "from" in last and "role" not in last else ("role", "content")
-            if self.roles.get(last.get(names[0])) == "assistant":
+            if self.roles.get(str(last.get(names[0]))) == "assistant":
                 turns = turns[:-1]
             if not turns:
                 raise Bad(f'"{form}" asks nothing before the answer. Give what the user says.')
@@ -135,17 +137,23 @@ def roles_of(subject: Subject, asked: str | None = None) -> Roles:
 def texts_of(sets: Iterable[EvalSet], most: int = 200) -> list[str]:
     """What the first rows of each set say."""
     texts = [m["content"] for s in sets for case in s.cases[:most] for m in case.row.messages or [] if m["content"]]
-    return texts + [case.row.text for s in sets for case in s.cases[:most] if case.row.messages is None]
+    texts += [case.row.text for s in sets for case in s.cases[:most] if case.row.messages is None]
+    return texts or [*BUILT_IN_PROMPTS, "1,024 Zeilen\n\tund 3 % mehr: Äpfel, año, Привет, 你好 🙂"]
 
 
-def train_answers(subject: Subject) -> Counter[str] | None:
-    """The short answers in the run's training files, counted; None if the run or its files are not there."""
+def train_answers(subject: Subject, say: Callable[[str], None]) -> Counter[str] | None:
+    """The short answers in the run's training files, counted; None if the run or its files are not there, or no longer
+    what they were."""
     staged = [d["path"] for stage in subject.settings.get("stages") or [] for d in stage["datasets"]]
     paths = [p for p in dict.fromkeys([*subject.settings.get("dataset_paths", []), *staged]) if Path(p).is_file()]
     found: Counter[str] = Counter()
-    for path in paths:
-        for row in RowReader(path, skip_bad_rows=True, role_map=roles_of(subject)):
-            case = make_case(row, "")
-            if case.context and is_short(case.reference):
-                found[case.reference.strip()] += 1
+    try:
+        for path in paths:
+            for row in RowReader(path, skip_bad_rows=True, role_map=roles_of(subject)):
+                case = make_case(row, "")
+                if case.context and is_short(case.reference):
+                    found[case.reference.strip()] += 1
+    except (UserError, OSError) as fault:  # what was measured is worth more than this number
+        say(f"most frequent answer: of the references, for the training rows cannot be read. {fault}")
+        return None
     return found or None

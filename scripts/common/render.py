@@ -13,12 +13,14 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
 from common.faults import UserError
 
 OPEN, CLOSE = "\ue000", "\ue001"  # private-use characters around a placeholder
 PLACEHOLDER = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}")
 REMEMBERED = 10_000  # structures; rows with tool calls are rarely alike and must not be kept for ever
+_today: datetime | None = None  # what templates are told, instead of the time (`set_today`)
 PLAIN_KEYS = frozenset(("role", "content", "train"))
 
 
@@ -126,6 +128,8 @@ class Template:
         if f"{OPEN}+{CLOSE}" in text:
             return text
         for i in reversed(range(len(shape))):
+            if "tool_calls" in shape[i]:
+                text = self._mark_end(text, shape, tools, i)
             if "tool_calls" in shape[i] and f"{OPEN}{i}{CLOSE}" not in text:
                 before = self.render(shape[:i], tools, True)
                 if not text.startswith(before):
@@ -134,12 +138,26 @@ class Template:
                 text = f"{before}{OPEN}={i}{CLOSE}{text[len(before):]}"
         return text
 
+    def _mark_end(self, text: str, shape: list[dict], tools: list | None, i: int) -> str:
+        """A call may hold control tokens ([TOOL_CALLS]); its answer ends at the last one that the conversation has when
+        it ends there: put a placeholder behind it."""
+        try:
+            upto = self.render(shape[:i + 1], tools, False, True)
+        except UserError:  # a template that wants the result of the call as well
+            return text
+        ends = [match.end() for match in self.control_pattern.finditer(upto)]
+        if not ends or not text.startswith(upto):
+            return text
+        return f"{text[:ends[-1]]}{OPEN}.{i}{CLOSE}{text[ends[-1]:]}"
+
     def _cut(self, text: str, messages: list[dict], names: list[str]) -> Structure:
         """Cut rendered text at placeholders and control tokens; mark the answers: generation blocks, or where there
-        are none the content of an assistant's message and what follows through the first control token."""
+        are none the content of an assistant's message and what follows through the first control token, or the
+        placeholder of its end."""
         assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         split = PLACEHOLDER.split(text)
         tagged = "+" in split[1::2]
+        ended = {int(part[1:]) for part in split[1::2] if part.startswith(".")}
         pieces: list[Piece] = []
         parts, turn, block = [""], None, 0
         for i, part in enumerate(split):
@@ -147,11 +165,11 @@ class Template:
                 parts[-1] += part
                 for plain, control in self._split_controls(part):
                     pieces.append(Piece(text=plain, control=control, turn=turn))
-                    turn = turn if tagged or control is None else None
+                    turn = turn if tagged or control is None or turn in ended else None
             elif part == "+":
                 inside = (int(p) for p in split[i + 2:split.index("-", i):2] if p.isdigit())
                 turn, block = next(inside, assistants[block] if block < len(assistants) else None), block + 1
-            elif part == "-":
+            elif part == "-" or part.startswith("."):
                 turn = None
             elif part.startswith("="):
                 turn = int(part[1:])
@@ -230,6 +248,17 @@ def _follow(structure: Structure, truth: str, contents: list[str]) -> list[str] 
     return found if at == len(truth) else None
 
 
+def today() -> datetime:
+    """The time that a template is told: the first start of a run, where that is known (`set_today`)."""
+    return _today or datetime.now()
+
+
+def set_today(time: datetime) -> None:
+    """Let templates be told this time: rows that are rendered on the next day are to be the same."""
+    global _today
+    _today = time
+
+
 def _environment() -> object:
     """A sandboxed Jinja environment like the one `transformers` uses, whose generation blocks leave placeholders."""
     from jinja2 import nodes
@@ -255,9 +284,7 @@ def _environment() -> object:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(form: str) -> str:
-        from datetime import datetime
-
-        return datetime.now().strftime(form)
+        return today().strftime(form)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=[Generation, loopcontrols])

@@ -121,7 +121,7 @@ def _remarks(entry: dict) -> str:
                     f"of {entry['majority']['exact_match']:.3f}.")
     asked = (entry.get("baseline") or {}).get("asked")
     if asked:
-        said.append(f"The base was asked in the way that suits it better: answers {text(asked['answers'])}, loss "
+        said.append(f"The base was asked in the way that suits it best: answers {text(asked['answers'])}, loss "
                     f"{text(asked['loss'])}.")
     if entry.get("left_out_too_long"):
         said.append(f"{entry['left_out_too_long']:,} rows are longer than the model's context and have no loss.")
@@ -171,7 +171,7 @@ def bars(datasets: dict[str, dict], metric: str) -> str:
 
 def losses_of_rows(samples: list[dict]) -> str:
     """How the rows' losses are spread, of both models."""
-    sides = {label: [line[key] / line["tokens"] for line in samples if line.get(key) is not None and line.get("tokens")]
+    sides = {label: [mean for line in samples if (mean := _per_token(line, key)) is not None]
              for label, key in (("base", "baseline_nll"), ("tuned", "nll"))}
     sides = {label: values for label, values in sides.items() if values}
     if not sides.get("tuned"):
@@ -221,10 +221,12 @@ def worst_first(samples: list[dict]) -> list[dict]:
     for turn in range(max(map(len, by_name.values()), default=0)):
         for lines in by_name.values():
             if turn < len(lines):
-                room -= len(card(lines[turn], "").encode("utf-8", "replace"))
-                if room < 0:
+                size = len(card(lines[turn], "").encode("utf-8", "replace"))
+                if size <= room:
+                    chosen.append(lines[turn])
+                    room -= size
+                elif size < BYTES // 8:  # a card of usual size no longer fits; one that is huge is left out
                     return sorted(chosen, key=badness, reverse=True)
-                chosen.append(lines[turn])
     return sorted(chosen, key=badness, reverse=True)
 
 
@@ -234,7 +236,8 @@ def badness(line: dict) -> tuple:
 
 
 def _per_token(line: dict, key: str) -> float | None:
-    return line[key] / line["tokens"] if line.get(key) is not None and line.get("tokens") else None
+    tokens = line.get("baseline_tokens" if key.startswith("baseline") else "tokens")  # of each model's own tokenizer
+    return line[key] / tokens if line.get(key) is not None and tokens else None
 
 
 def card(line: dict, name: str) -> str:

@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -105,6 +107,14 @@ def rows_per_step(run: Run) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * run.accelerator.num_processes
 
 
+def first_start(run: Run) -> datetime:
+    """When the run was started first."""
+    if (run.config.resume_from_checkpoint or run.config.explain_step) and (run.directory / "run.json").exists():
+        started = json.loads((run.directory / "run.json").read_text())["started"]
+        return datetime.strptime(started, "%Y-%m-%dT%H:%M:%S%z")
+    return datetime.now()
+
+
 def gather_material(run: Run, chat: Chat, base_config: object) -> Material:
     """Tokenise, split and plan: one process fills the cache, the others open it."""
     from tqdm import tqdm
@@ -139,7 +149,10 @@ def _parameters(base_config: object) -> int:
 def fingerprints(material: Material, chat: Chat, config: SftConfig) -> dict[str, str]:
     """What a resumed run must find unchanged, beside the settings."""
     found = {"plan": material.plan.fingerprint(), "tokenizer and template": chat.fingerprint()}
-    found.update({f"data {d.name}": d.meta["key"]["file"] for d in [*material.datasets, *material.val_datasets]})
+    found.update({f"data {d.name}": d.meta["key"]["file"] for d in material.datasets})
+    for d in material.val_datasets:  # a file of the same name elsewhere is another file
+        name, file = f"data {d.name}", d.meta["key"]["file"]
+        found[name if found.get(name) in (None, file) else f"{name} (validation)"] = file
     places = {"model": config.at(config.model_path), "init_from": config.at(config.init_from or "")}
     found.update({name: weights_fingerprint(path) for name, path in places.items() if path and Path(path).is_dir()})
     return found
@@ -271,9 +284,12 @@ def continued_adapter(config: SftConfig, adapter: str) -> list[str]:
     """A line about an adapter that training goes on with. Raises UserError for a flag that would change its form."""
     found = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
     theirs = {"lora_r": found["r"], "lora_alpha": found["lora_alpha"], "lora_dropout": found["lora_dropout"],
-              "use_rslora": found.get("use_rslora", False), "use_dora": found.get("use_dora", False)}
+              "use_rslora": found.get("use_rslora", False), "use_dora": found.get("use_dora", False),
+              "lora_target_modules": sorted(found.get("target_modules") or []),
+              "modules_to_save": sorted(found.get("modules_to_save") or [])}
+    given = lambda name: sorted(value) if isinstance(value := getattr(config, name), list) else value
     other = [f"--{name} {getattr(config, name)} (it has {value})" for name, value in theirs.items()
-             if level(config, name) == 2 and getattr(config, name) != value]
+             if level(config, name) == 2 and given(name) not in (value, ["all-linear"])]
     if other:
         raise UserError(f"--init_from {adapter}: training goes on with its adapter, whose form cannot change: "
                         f"{', '.join(other)}. Leave them out, or merge it with scripts/04_merge_lora.py and start from "
@@ -288,9 +304,12 @@ def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], 
     base = run.directory / "base"
     if grown and run.main and not (base / "config.json").exists():
         work = run.directory / f".base.{os.getpid()}"
-        save_full(model, work, run.export_dtype)
-        chat.save(work)
-        os.replace(work, base)
+        try:
+            save_full(model, work, run.export_dtype)
+            chat.save(work)
+            os.replace(work, base)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     if not is_sharded(run.accelerator):  # there the main process is done with it before the others begin
         run.accelerator.wait_for_everyone()
     if grown:  # train against what was written: its rows may have been rounded to the base's dtype

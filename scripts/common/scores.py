@@ -150,17 +150,20 @@ def _finish(name: str, ratio: float | np.ndarray) -> float | np.ndarray:
     return float(value) if np.ndim(value) == 0 else value
 
 
-def compare(tuned: Table, baseline: Table | None = None, seed: int = 0) -> tuple[dict, dict, dict]:
+def compare(tuned: Table, baseline: Table | None = None, seed: int = 0,
+            prompts: np.ndarray | None = None) -> tuple[dict, dict, dict]:
     """95 % intervals (low, high) of the tuned means, of the baseline's, and of the differences with their value.
 
     Percentile bootstrap over rows (Efron 1979), seeded; both models are resampled with the same rows, which is what
-    makes the interval of a difference narrow. A row that is too long for one of the two is in no difference.
+    makes the interval of a difference narrow. A row that is too long for one of the two is in no difference. prompts:
+    a number for each row; rows with the same one are drawn together, for they are no independent observations.
     """
+    draw = lambda tables: _resampled([_by_prompt(table, prompts) for table in tables], seed)
     if baseline is None:
-        return {name: _ends(values) for name, values in _resampled([tuned], seed)[0].items()}, {}, {}
-    own, other = _resampled([tuned, baseline], seed)
+        return {name: _ends(values) for name, values in draw([tuned])[0].items()}, {}, {}
+    own, other = draw([tuned, baseline])
     pair = on_same_rows(tuned, baseline)
-    drawn, means = _resampled(pair, seed), [summarise(table) for table in pair]
+    drawn, means = draw(pair), [summarise(table) for table in pair]
     apart = {}
     for name in drawn[0].keys() & drawn[1].keys():
         low, high = _ends(drawn[0][name] - drawn[1][name])
@@ -175,8 +178,16 @@ def on_same_rows(a: Table, b: Table) -> tuple[Table, Table]:
     return tuple(table | {name: table[name] * both for name in OF_LOSSES} for table in (a, b))
 
 
+def _by_prompt(table: Table, prompts: np.ndarray | None) -> Table:
+    """The sums of all rows with the same prompt; of rows that all have the same, the rows."""
+    if prompts is None or not prompts.any():
+        return table
+    return {name: np.stack([np.bincount(prompts, column) for column in values.T], 1) for name, values in table.items()}
+
+
 def _ends(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    # a draw may hold none of the rows that have the number
+    low, high = np.percentile(values[np.isfinite(values)], [2.5, 97.5])
     return float(low), float(high)
 
 

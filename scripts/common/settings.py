@@ -52,6 +52,12 @@ class SftConfig:
         "val_size": "val_split_ratio", "val_set_size": "val_split_ratio", "sample_packing": "packing",
         "optimizer": "optim", "lr_scheduler": "lr_scheduler_type", "flash_attn": "attn_implementation",
         "additional_target_modules": "modules_to_save", "mask_prompt": "train_on_prompt", "sampling": "dataset_weights",
+        "completion_only_loss": "train_on_prompt", "assistant_only_loss": "train_on_prompt",
+        "mask_history": "assistant_turns", "roles_to_train": "assistant_turns", "use_peft": "use_lora",
+        "finetuning_type": "use_lora", "adapter": "use_lora", "quantization_bit": "load_in_4bit",
+        "additional_target": "modules_to_save", "lora_modules_to_save": "modules_to_save",
+        "lora_target_linear": "lora_target_modules", "flash_attention": "attn_implementation",
+        "sdp_attention": "attn_implementation", "chat_template_path": "prompt_template", "neat_packing": "packing",
         "train_on_inputs": "train_on_prompt", "no_use_lora": "no_lora", "interleave_probs": "dataset_weights"}
 
     config_path: str | None = setting(
@@ -215,8 +221,9 @@ class SftConfig:
         name = "init_from" if self.init_from else "model_path"
         if is_hub_name(getattr(self, name)) and not self.revision:
             found = HUB_NAME.fullmatch(getattr(self, name))
-            setattr(self, name, found["repo"])
-            self.revision = found["revision"]
+            if not found["part"]:  # which is refused later
+                setattr(self, name, found["repo"])
+                self.revision = found["revision"]
         self.model_path = self.model_path or self.init_from or ""
 
     def settle(self) -> list[str]:

@@ -130,7 +130,7 @@ def recommended_weight(stem: str, size: str, folder: Path = SPEC_DIR) -> float |
     base), or None if no description knows it."""
     for name in spec_names(folder):
         spec = read_spec(folder / f"{name}.json")
-        pattern = re.escape(spec.output.removesuffix(".jsonl")).replace(r"\{lang\}", r"\w+")
+        pattern = re.escape(spec.output.removesuffix(".jsonl")).replace(r"\{lang\}", r"[\w-]+")
         if re.fullmatch(pattern, stem):
             return spec.recommended_weights.get(size)
     return None

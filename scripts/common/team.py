@@ -53,10 +53,11 @@ ALONE = Team()
 
 @contextmanager
 def joined_team() -> Iterator[Team]:
-    """The processes that a launcher started, or this one alone. A fault that all meet is told by the main one alone."""
+    """The processes that a launcher started, or this one alone. A fault that all meet (a UserError, a check) is told by
+    the main one alone."""
     import torch
 
-    from common.faults import SaidElsewhere
+    from common.faults import CheckFailed, SaidElsewhere, UserError
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -69,7 +70,7 @@ def joined_team() -> Iterator[Team]:
     try:
         yield team
     except Exception as fault:
-        if not team.main and hasattr(fault, "status"):
+        if not team.main and isinstance(fault, (UserError, CheckFailed)):
             raise SaidElsewhere(fault.status) from None
         raise
     finally:

@@ -236,7 +236,11 @@ def count_step(state: TrainState, result: StepResult, plan: Plan, last: bool, ev
 
 
 def judge(state: TrainState, loss: float, config: SftConfig) -> bool:
-    """Book an evaluation: is it the best so far, and is it time to stop early? Returns whether it is better."""
+    """Book an evaluation: is it the best so far, and is it time to stop early? Returns whether it is better. Raises
+    NotFinite."""
+    if not math.isfinite(loss):
+        raise NotFinite(f"step {state.step}: the validation loss is {loss}. The newest checkpoint is whole. Lower "
+                        "learning_rate.")
     better = state.best_loss is None or loss < state.best_loss - config.early_stopping_threshold
     if better:
         state.best_loss, state.best_step, state.evals_without_gain = loss, state.step, 0
