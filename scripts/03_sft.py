@@ -61,7 +61,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     from common.chat import load_chat
     from common.explain import explain_step
     from common.hub import check_alone
-    from common.model import check_vocabulary, find_model, model_config
+    from common.model import check_vocabulary, model_config
     from common.ranks import on_main
     from common.render import set_today
     from common.run import first_start, gather_material, load_run
@@ -78,10 +78,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
                      train_on_prompt=config.train_on_prompt)
     base = model_config(source)
     check_vocabulary(base, chat, source)
-    if config.use_lora and chat.added_tokens and find_model(source).adapter:
-        raise UserError(f"--init_from {source}: training goes on with its adapter, beside which rows of the new tokens "
-                        f"{' '.join(chat.added_tokens)} would not be trained. Give the --prompt_template it was "
-                        "trained with, or merge it with scripts/04_merge_lora.py and start from the merged model.")
+    check_new_tokens(config, chat, source)
     check_length(config, base)
     check_alone(config, grows=len(chat.tokenizer) > base.get_text_config().vocab_size)
 
@@ -269,6 +266,16 @@ def check_files(config: SftConfig) -> None:
         config.push_to_hub = check_push(config.push_to_hub, config.output_dir)
 
 
+def check_new_tokens(config: SftConfig, chat: Chat, source: str) -> None:
+    """Training that goes on with an adapter trains its rows of tokens and no others."""
+    from common.model import find_model
+
+    if config.use_lora and chat.added_tokens and find_model(source).adapter:
+        raise UserError(f"--init_from {source}: training goes on with its adapter, beside which rows of the new tokens "
+                        f"{' '.join(chat.added_tokens)} would not be trained. Give the --prompt_template it was "
+                        "trained with, or merge it with scripts/04_merge_lora.py and start from the merged model.")
+
+
 def check_length(config: SftConfig, base: object) -> None:
     """The model must be able to see a whole row."""
     context = getattr(base.get_text_config(), "max_position_embeddings", None)
@@ -286,7 +293,7 @@ def prove_chat(config: SftConfig, chat: Chat, material: Material) -> list[str]:
     rows = []
     for dataset in material.datasets:
         reader = RowReader(dataset.path, skip_bad_rows=config.skip_bad_rows, role_map=config.roles() | chat.role_map)
-        used = set(dataset.lines[:100 * 200].tolist())
+        used = set(dataset.lines[:20_000].tolist())  # enough for 200 rows, also of many windows each
         rows += islice((row for row in reader if row.line in used), 200)
     unseen = sum(bool(row.tools) for row in rows) if "tools" not in chat.template else 0
     apart = chat.encoded_apart

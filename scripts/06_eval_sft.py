@@ -12,10 +12,9 @@ rows). Out, in OUTPUT_DIR: eval_results.json, samples.jsonl, report.html; with -
 
 The base model is asked the same rows, through the chat template, in plain text (where a short answer is expected, the
 first line it says is its answer) and through a template of its own; for its answers and for its loss the best way
-counts. In
-eval_results.json the numbers at the top are those of the first data set ("main"); those of a further data set NAME
-follow as exact_match_NAME and so on; "datasets" has each in full, "total" all rows together. common/scores.py says what
-each number means, common/golden.py how golden prompts are written. Several processes share the rows.
+counts. In eval_results.json the numbers at the top are those of the first data set ("main"); those of a further data
+set NAME follow as exact_match_NAME and so on; "datasets" has each in full, "total" all rows together. common/scores.py
+says what each number means, common/golden.py how golden prompts are written. Several processes share the rows.
 """
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ import numpy as np
 from common.chat import Chat, Encoded
 from common.faults import UserError
 from common.forked import forked_map
+from common.ranks import is_alive
 from common.records import Lines, Record
 from common.rows import Counts, Row, RowReader, row_to_json
 from common.settings import dataset_name
@@ -93,9 +94,9 @@ def load_dataset(path: str | Path, chat: Chat, *, max_seq_length: int, too_long:
             if _is_whole(place, digest):
                 return _open(place, stem, str(path))
     here = _works_of(stem)
-    work = cache_dir / f"{here}.{secrets.token_hex(4)}.{os.getpid()}"  # containers may share a name and its numbers
+    work = cache_dir / f"{here}.{secrets.token_hex(4)}.{os.getpid()}"
     for left in cache_dir.glob(f"{glob.escape(here)}.*"):  # of builds that were killed, on this machine
-        if not _is_alive(left.suffix[1:]):
+        if left.suffix == work.suffix or not is_alive(int(left.suffix[1:])):  # in a container numbers are given anew
             shutil.rmtree(left, ignore_errors=True)
     work.mkdir(parents=True)
     try:
@@ -135,16 +136,6 @@ def _opened(path: Path) -> BinaryIO:
     except OSError as fault:
         raise UserError(f"{path}: {fault.strerror}. Make it with scripts/prepare_sft_datasets.py, "
                         "or check the path.") from None
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def _replace(work: Path, place: Path, digest: str) -> None:

@@ -285,7 +285,8 @@ def continued_adapter(config: SftConfig, adapter: str) -> list[str]:
     found = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
     theirs = {"lora_r": found["r"], "lora_alpha": found["lora_alpha"], "lora_dropout": found["lora_dropout"],
               "use_rslora": found.get("use_rslora", False), "use_dora": found.get("use_dora", False),
-              "lora_target_modules": sorted(found.get("target_modules") or []),
+              "lora_target_modules": sorted(target if isinstance(target := found.get("target_modules") or [], list)
+                                            else [target]),
               "modules_to_save": sorted(found.get("modules_to_save") or [])}
     given = lambda name: sorted(value) if isinstance(value := getattr(config, name), list) else value
     other = [f"--{name} {getattr(config, name)} (it has {value})" for name, value in theirs.items()

@@ -186,8 +186,7 @@ def _by_prompt(table: Table, prompts: np.ndarray | None) -> Table:
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:
-    # a draw may hold none of the rows that have the number
-    low, high = np.percentile(values[np.isfinite(values)], [2.5, 97.5])
+    low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -206,8 +205,8 @@ def _resampled(tables: Sequence[Table], seed: int) -> list[dict[str, np.ndarray]
             total[i] = times @ c
     found = []
     for table, total in zip(tables, sums):
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratios = dict(zip(OF_TABLE, (total[:, 0::2] / total[:, 1::2]).T))
+        over, under = total[:, 0::2], total[:, 1::2]
+        ratios = dict(zip(OF_TABLE, (over / np.where(under == 0, np.nan, under)).T))  # a draw may lack all that have it
         found.append({name: _finish(name, ratios[column]) for name in METRICS for column in [_column(name)]
                       if table[column][:, 1].sum() > 0})
     return found

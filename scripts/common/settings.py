@@ -58,6 +58,7 @@ class SftConfig:
         "additional_target": "modules_to_save", "lora_modules_to_save": "modules_to_save",
         "lora_target_linear": "lora_target_modules", "flash_attention": "attn_implementation",
         "sdp_attention": "attn_implementation", "chat_template_path": "prompt_template", "neat_packing": "packing",
+        "fraction": "dataset_weights", "train_on_eos": "assistant_turns",
         "train_on_inputs": "train_on_prompt", "no_use_lora": "no_lora", "interleave_probs": "dataset_weights"}
 
     config_path: str | None = setting(

@@ -19,6 +19,7 @@ from pathlib import Path
 from common.faults import UserError
 from common.hub import Ref, refusal, unreachable
 from common.logs import LOG_FORMS, Filters
+from common.ranks import is_alive
 from common.records import kind_of
 from common.rows import FORMS
 from common.structured import read_structured
@@ -218,10 +219,5 @@ def free_of_dead(folder: Path) -> None:
     """Remove temporary files of processes on this machine that were killed while they wrote."""
     host = os.uname().nodename
     for path in folder.glob(f".*.{host}.*.tmp"):
-        pid = int(path.name.split(".")[-2])
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+        if not is_alive(int(path.name.split(".")[-2])):
             path.unlink(missing_ok=True)
-        except PermissionError:
-            pass

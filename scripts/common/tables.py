@@ -50,7 +50,7 @@ def evaluation_table(found: dict) -> str:
             lines.append(f"without a model, the best rule ({entry['majority']['rule']}) has exact match "
                          f"{entry['majority']['exact_match']:.3f}")
         if base:
-            lines.append("the base was asked in the way that suits it better: answers "
+            lines.append("the base was asked in the way that suits it best: answers "
                          f"{base['asked']['answers']}, loss {base['asked']['loss']}")
     return "\n".join([*lines, ""])
 
