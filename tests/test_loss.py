@@ -12,7 +12,7 @@ from common.attention import PACKED, packed_attention
 from common.chat import Encoded
 from common.faults import UserError
 from common.head import HeadLoss
-from common.loss import LossModel, batch_inputs, make_batch
+from common.loss import FLAT_MULTIPLE, LossModel, batch_inputs, make_batch
 from common.probe import _has_dropout, choose_attention, reference_losses
 
 
@@ -240,13 +240,15 @@ def test_flat_batch_is_the_same_loss_without_padding() -> None:
     """Bug: rows laid behind each other see each other, or padding between them is paid for all the same."""
     rows = [EXAMPLES[:1], [], EXAMPLES[1:]]
     flat, below = make_batch(rows, 0, flat=True), make_batch(rows, 0)
-    assert flat.input_ids.shape == (1, sum(len(e.input_ids) for e in EXAMPLES)) and len(below.input_ids) == 3
+    real = sum(len(e.input_ids) for e in EXAMPLES)
+    assert flat.input_ids.shape == (1, -(-real // FLAT_MULTIPLE) * FLAT_MULTIPLE) and len(below.input_ids) == 3
+    assert real % FLAT_MULTIPLE and flat.bounds[-2:].tolist() == [real, flat.input_ids.numel()]
     assert flat.targets.tolist() == below.targets.tolist() and flat.owners.tolist() == below.owners.tolist()
     model = LossModel(llama(), PACKED)
     model.causal_lm.set_attn_implementation(PACKED)
     a, b = (model(**batch_inputs(batch)).item() for batch in (flat, below))
     assert a == pytest.approx(b, rel=1e-6)
-    assert make_batch([], 7, flat=True).input_ids.tolist() == [[7]]
+    assert make_batch([], 7, flat=True).input_ids.tolist() == [[7] * FLAT_MULTIPLE]
 
 
 def test_rows_of_new_tokens_have_the_gradient_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

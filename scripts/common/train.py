@@ -108,8 +108,7 @@ class Batches:
         rows = plan.rank_rows(step, self.rank, self.world)
         passes = max(1, math.ceil(math.ceil(plan.row_count(step) / self.world) / size))
         parts = [[self.material.examples(row) for row in rows[i * size:(i + 1) * size]] for i in range(passes)]
-        made = [make_batch(part, self.material.pad_id, self.config.pad_to_multiple_of or 1, self.flat)
-                for part in parts]
+        made = [make_batch(part, self.material.pad_id, self.config.pad_to_multiple_of, self.flat) for part in parts]
         return [batch.pinned() for batch in made] if self.pinned else made
 
 
