@@ -16,22 +16,21 @@ from torch import nn
 from transformers import AttentionInterface
 
 PACKED = "sft_packed"  # the name under which packed_attention is known to transformers
-BLOCK = 192  # queries at a time in CausalBlocks: more waste work on what is masked, fewer are small products
+BLOCK = 192  # queries at a time in causal_blocks: more waste work on what is masked, fewer are small products
 LONGEST_KEPT = 1024  # keys up to which the probabilities of a query are kept (4 KiB a head)
 
 
-@torch.compiler.disable  # its loop over segments would be compiled anew for every batch
 def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                      attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
                      sliding_window: int | None = None, cu_seq_lens_q: torch.Tensor | None = None,
-                     max_length_q: int | None = None, softcap: float | None = None,
+                     max_length_q: int | None = None, n_kept: int | None = None, softcap: float | None = None,
                      s_aux: torch.Tensor | None = None, **_: object) -> tuple[torch.Tensor, None]:
     """Causal attention inside each segment. query (B, heads, T, D), key and value (B, kv heads, T, D) -> (B, T, heads,
     D).
 
     CUDA: torch's own varlen kernel (half precision, no dropout). CPU: one small causal attention per segment, which
-    beats a masked T x T attention 2.5 times at 16 segments in 2,048 tokens; in training CausalBlocks where that is
-    possible.
+    beats a masked T x T attention 2.5 times at 16 segments in 2,048 tokens; in training causal_blocks where that is
+    possible and n_kept is told (`count_kept`).
     NotImplementedError for scores that are capped (Gemma 2) and for sinks (gpt-oss).
     """
     if softcap is not None or s_aux is not None:
@@ -49,22 +48,28 @@ def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
     # (B, h, T, D) -> (B * T, h, D): segments are numbered over the flattened rows
     query, key, value = (x.transpose(1, 2).reshape(rows * width, -1, x.shape[-1]) for x in (query, key, value))
     dropout = dropout if module.training else 0.0
-    if query.is_cuda:
-        out = _varlen_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
+    if n_kept is not None and window is None and not dropout and torch.is_grad_enabled():
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = causal_blocks(query, *_for_each_head(query, key, value), cu_seq_lens_q, n_kept, scaling)[0]
     else:
-        out = _segments(query, key, value, cu_seq_lens_q.tolist(), scaling, dropout, window)
+        out = _segments(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, window)
     return out.reshape(rows, width, heads, -1).to(out_dtype), None
 
 
-def _segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int], scaling: float | None,
-              dropout: float, window: int | None) -> torch.Tensor:
+def _for_each_head(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value of each head of the query."""
     group = query.shape[1] // key.shape[1]
-    if group > 1:
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    if torch.is_grad_enabled() and not dropout and window is None:
-        return CausalBlocks.apply(query, key, value, bounds, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return (key, value) if group == 1 else (key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))
+
+
+@torch.compiler.disable  # its loop over segments would be compiled anew for every batch
+def _segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int | None,
+              scaling: float | None, dropout: float, window: int | None) -> torch.Tensor:
+    if query.is_cuda:
+        return _varlen_cuda(query, key, value, bounds, longest, scaling, window)
+    key, value = _for_each_head(query, key, value)
     # split, not slices: the gradient of a slice is a whole tensor of zeros for every segment
-    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    lengths = bounds.diff().tolist()
     pieces = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (query, key, value)))  # (1, heads, length, D)
     parts = []
     for length, (q, k, v) in zip(lengths, pieces):
@@ -77,47 +82,87 @@ def _segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bound
     return torch.cat(parts, 1)[0]
 
 
-class CausalBlocks(torch.autograd.Function):
+@torch.library.custom_op("sft::causal_blocks", mutates_args=())  # a compiled layer is one graph around it
+def causal_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, n_kept: int,
+                  scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention inside each segment: blocks of queries, each against the keys up to its end. Probabilities are
     kept for the backward pass, but for long segments; torch's own attention on CPU computes all of them anew, and takes
     1.4 times as long on instruction rows.
 
-    query, key (T, heads, D), value (T, heads, E) fp32, bounds of the segments in T, scaling -> (T, heads, E).
+    query, key (T, heads, D), value (T, heads, E) fp32, bounds (S + 1,) of the segments in T, n_kept as of
+    `count_kept` -> (T, heads, E), and the probabilities (heads * n_kept,).
     Gradients as in FlashAttention-2 (arXiv:2307.08691, section 3.2).
     """
-
-    @staticmethod
-    def forward(ctx: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int],
-                scaling: float) -> torch.Tensor:
-        out, kept = torch.empty_like(value, memory_format=torch.contiguous_format), []
-        heads_first = [x.transpose(0, 1) for x in (query, key, value, out)]
-        for keys, rows in _blocks(bounds):
-            q, k, v, o = (x[:, part] for x, part in zip(heads_first, (rows, keys, keys, rows)))
-            shares = _probabilities(q, k, scaling)
-            o.copy_(torch.bmm(shares, v))
-            kept.append(shares if _is_kept(keys) else None)
-        ctx.save_for_backward(query, key, value, out, *kept)
-        ctx.bounds, ctx.scaling = bounds, scaling
-        return out
-
-    @staticmethod
-    def backward(ctx: object, d_out: torch.Tensor) -> tuple:
-        query, key, value, out, *kept = ctx.saved_tensors
-        drop = (d_out * out).sum(-1).t().unsqueeze(-1)  # (heads, T, 1)
-        query, key, value, d_out = (x.transpose(0, 1) for x in (query, key, value, d_out))
-        d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for (keys, rows), shares in zip(_blocks(ctx.bounds), kept):
-            q, k, v, d = query[:, rows], key[:, keys], value[:, keys], d_out[:, rows]
-            if shares is None:
-                shares = _probabilities(q, k, ctx.scaling)
-            d_value[:, keys].baddbmm_(shares.mT, d)
-            d_scores = torch.bmm(d, v.mT).sub_(drop[:, rows]).mul_(shares)
-            d_query[:, rows].baddbmm_(d_scores, k, beta=0, alpha=ctx.scaling)
-            d_key[:, keys].baddbmm_(d_scores.mT, q, alpha=ctx.scaling)
-        return *(d.transpose(0, 1) for d in (d_query, d_key, d_value)), None, None
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    kept = query.new_empty(query.shape[1] * n_kept)
+    heads_first = [x.transpose(0, 1) for x in (query, key, value, out)]
+    for keys, rows, place in _blocks(bounds.tolist(), kept, query.shape[1]):
+        q, k, v, o = (x[:, part] for x, part in zip(heads_first, (rows, keys, keys, rows)))
+        o.copy_(torch.bmm(_probabilities(q, k, scaling, place), v))
+    return out, kept
 
 
-def _blocks(bounds: list[int]) -> Iterator[tuple[slice, slice]]:
+@torch.library.custom_op("sft::causal_blocks_backward", mutates_args=())
+def _causal_blocks_backward(d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                            out: torch.Tensor, kept: torch.Tensor, bounds: torch.Tensor,
+                            scaling: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    found = torch.empty(query.shape), torch.zeros(key.shape), torch.zeros(value.shape)
+    drop = (d_out * out).sum(-1).t().unsqueeze(-1)  # (heads, T, 1)
+    query, key, value, d_out, d_query, d_key, d_value = (
+        x.transpose(0, 1) for x in (query, key, value, d_out, *found))
+    for keys, rows, place in _blocks(bounds.tolist(), kept, len(query)):
+        q, k, v, d = query[:, rows], key[:, keys], value[:, keys], d_out[:, rows]
+        shares = _probabilities(q, k, scaling) if place is None else place
+        d_value[:, keys].baddbmm_(shares.mT, d)
+        d_scores = torch.bmm(d, v.mT).sub_(drop[:, rows]).mul_(shares)
+        d_query[:, rows].baddbmm_(d_scores, k, beta=0, alpha=scaling)
+        d_key[:, keys].baddbmm_(d_scores.mT, q, alpha=scaling)
+    return found
+
+
+@causal_blocks.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, n_kept: int,
+      scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return value.new_empty(value.shape), query.new_empty(query.shape[1] * n_kept)
+
+
+@_causal_blocks_backward.register_fake
+def _(d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+      *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx: object, inputs: tuple, output: tuple) -> None:
+    query, key, value, bounds, _, ctx.scaling = inputs
+    ctx.save_for_backward(query, key, value, *output, bounds)
+
+
+def _differentiate(ctx: object, d_out: torch.Tensor, _: torch.Tensor) -> tuple:
+    return *_causal_blocks_backward(d_out, *ctx.saved_tensors, ctx.scaling), None, None, None
+
+
+causal_blocks.register_autograd(_differentiate, setup_context=_save)
+
+
+def count_kept(bounds: list[int]) -> int:
+    """How many probabilities of a head causal_blocks keeps for segments with these bounds."""
+    return sum((rows.stop - rows.start) * (keys.stop - keys.start) for keys, rows in _parts(bounds) if _is_kept(keys))
+
+
+def _blocks(bounds: list[int], kept: torch.Tensor,
+            heads: int) -> Iterator[tuple[slice, slice, torch.Tensor | None]]:
+    """(keys, queries, place of the probabilities in what is kept, (heads, N, L), or None) of each block."""
+    start = 0
+    for keys, rows in _parts(bounds):
+        place = None
+        if _is_kept(keys):
+            shape = heads, rows.stop - rows.start, keys.stop - keys.start
+            place = kept[start:start + math.prod(shape)].view(shape)
+            start += place.numel()
+        yield keys, rows, place
+
+
+def _parts(bounds: list[int]) -> Iterator[tuple[slice, slice]]:
     """(keys, queries) of each block: the keys reach from the begin of the segment to the end of the queries."""
     for begin, end in zip(bounds, bounds[1:]):
         for start in range(begin, end, BLOCK):
@@ -129,10 +174,12 @@ def _is_kept(keys: slice) -> bool:
     return keys.stop - keys.start <= LONGEST_KEPT
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Causal, of the last queries of a segment: query (heads, N, D), key (heads, L, D) -> (heads, N, L)."""
+def _probabilities(query: torch.Tensor, key: torch.Tensor, scaling: float,
+                   place: torch.Tensor | None = None) -> torch.Tensor:
+    """Causal, of the last queries of a segment: query (heads, N, D), key (heads, L, D) -> (heads, N, L), in `place` if
+    there is one."""
     heads, count, _ = query.shape
-    scores = query.new_empty(heads, count, key.shape[1])
+    scores = query.new_empty(heads, count, key.shape[1]) if place is None else place
     torch.baddbmm(scores, query, key.mT, beta=0, alpha=scaling, out=scores)
     scores[..., -count:] += _later(BLOCK)[:count, :count]
     return torch.softmax(scores, -1, out=scores)

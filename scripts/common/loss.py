@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.attention import PACKED
+from common.attention import PACKED, count_kept
 from common.chat import Encoded
 from common.head import HeadLoss, LastLayer, chunks, logits_of, matrix_of, trained_rows
 
@@ -149,7 +149,10 @@ class LossModel(nn.Module):
     def _segments_of(self, bounds: torch.Tensor, longest: int) -> dict:
         if self.attention not in (PACKED, "flash_attention_2"):
             return {}  # sdpa and eager find the segments in position_ids
-        return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+        told = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+        if self.attention == PACKED and not bounds.is_cuda:
+            told["n_kept"] = count_kept(bounds.tolist())
+        return told
 
     def _places(self, position_ids: torch.Tensor) -> dict:
         return {"position_ids": position_ids} if self.takes_positions else {}  # BLOOM and MPT have no such argument

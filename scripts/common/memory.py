@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from common.plan import Plan
 
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**26, 2**29  # logits at a time, as in head.py
-BLOCK, LONGEST_KEPT = 192, 1024  # of CausalBlocks, as in attention.py
+BLOCK, LONGEST_KEPT = 192, 1024  # of causal_blocks, as in attention.py
 # (LoRA, bf16) -> bytes a token and layer keeps: a * hidden + b * inner + c * r
 KEPT = {(False, False): (40, 16, 0), (False, True): (44, 8, 0), (True, False): (72, 20, 28), (True, True): (60, 12, 14)}
 KEPT_ONCE = 30  # bytes a token and hidden: embeddings, outputs of the last layer (counted 16 to 44, by mode and share)
