@@ -96,9 +96,10 @@ def causal_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, b
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     kept = query.new_empty(query.shape[1] * n_kept)
     heads_first = [x.transpose(0, 1) for x in (query, key, value, out)]
-    for keys, rows, place in _blocks(bounds.tolist(), kept, query.shape[1]):
-        q, k, v, o = (x[:, part] for x, part in zip(heads_first, (rows, keys, keys, rows)))
-        o.copy_(torch.bmm(_probabilities(q, k, scaling, place), v))
+    with torch.autocast("cpu", enabled=False):  # a bf16 product of this size saves no more than the casts cost
+        for keys, rows, place in _blocks(bounds.tolist(), kept, query.shape[1]):
+            q, k, v, o = (x[:, part] for x, part in zip(heads_first, (rows, keys, keys, rows)))
+            o.copy_(torch.bmm(_probabilities(q, k, scaling, place), v))
     return out, kept
 
 
