@@ -11,6 +11,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = ("tokens_per_second", "trained_tokens_per_second", "mfu")
@@ -42,6 +43,8 @@ def run_script(name: str, *argv: object, cwd: Path | None = None, mixed_precisio
     words = [str(word) for word in argv]
     try:
         with contextlib.ExitStack() as stack:
+            # whoever started the tests stands for the launcher, be it process 1
+            stack.enter_context(mock.patch("common.signals.is_launcher", return_value=True))
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
             if cwd:

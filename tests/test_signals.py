@@ -152,6 +152,20 @@ def test_a_launcher_that_died_before_we_asked_is_noticed(monkeypatch):
     assert status(child(work)) == 75
 
 
+@pytest.mark.parametrize(("group", "reason"), [(4711, "the launcher ended"), ("own", None), (1, None)])
+def test_what_process_1_started_has_lost_no_launcher(group: int | str, reason: str | None, monkeypatch) -> None:
+    """Bug: in a container whose first process is the script's shell, every run stops before its first step."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getpgid", lambda _: 1)
+    def work(ready) -> int:
+        monkeypatch.setattr(os, "getpgrp", lambda: os.getpid() if group == "own" else group)
+        stop = StopFlag()
+        ready()
+        return 75 if stop.reason == reason else 1
+    assert status(child(work)) == 75
+
+
 def test_no_launcher_no_watch(monkeypatch):
     """nohup python …: the shell's end is no reason to stop."""
     assert not launched()

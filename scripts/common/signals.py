@@ -90,8 +90,8 @@ class StopFlag:
             libc = ctypes.CDLL(None, use_errno=True)
             if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
                 raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-            if self.launcher == 1 and not is_launcher(1):  # died before we asked, and init took us over
-                self.note_launcher_gone()
+            if self.launcher == 1 and not is_launcher(1) and not started_by_init():
+                self.note_launcher_gone()  # it died before we asked, and init took us over
         self.launcher_died()  # it may have died between the two lines above
 
     def launcher_died(self) -> bool:
@@ -130,6 +130,11 @@ def launched() -> bool:
     """Whether a launcher (accelerate launch, torchrun, deepspeed) started this process."""
     theirs = [name for name in os.environ if name.startswith(("ACCELERATE_", "TORCHELASTIC_"))]
     return "LOCAL_RANK" in os.environ or bool({*theirs} - {"ACCELERATE_USE_CPU"})  # which people set by hand
+
+
+def started_by_init() -> bool:
+    """Whether process 1 itself started this one, as in a container: in its own process group, or at the head of one."""
+    return os.getpgrp() in (os.getpid(), os.getpgid(1))
 
 
 def is_launcher(pid: int) -> bool:
