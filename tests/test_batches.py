@@ -30,7 +30,8 @@ def test_of_a_step_whatever_was_made_ahead(order):
     ahead = batches()
     for step in order:
         rows = [[ROWS[e].input_ids.tolist() for _, e in row] for row in ahead.material.plan.rank_rows(step, 0, 1)]
-        assert [batch.input_ids[0].tolist() for batch in ahead.of(step)] == [sum(row, []) for row in rows], step
+        real = [[e for e in batch.input_ids[0].tolist() if e != 99] for batch in ahead.of(step)]
+        assert real == [sum(row, []) for row in rows], step
 
 
 def test_every_process_has_as_many_passes():

@@ -610,7 +610,8 @@ def seen_rows(out: Path) -> callable:
             if now[0]:
                 ids, bounds = batch.input_ids.flatten().tolist(), batch.bounds.tolist()
                 with open(f"{out}.seen.{os.environ.get('RANK', 0)}", "a") as log:
-                    log.write(json.dumps([now[0], [ids[a:b] for a, b in zip(bounds, bounds[1:])]]) + "\n")
+                    segments = [ids[a:b] for a, b in zip(bounds, bounds[1:])]
+                    log.write(json.dumps([now[0], [ids for ids in segments if any(ids)]]) + "\n")  # but padding, id 0
             return real_inputs(batch)
         train.train_step, train.batch_inputs = train_step, batch_inputs
     return patch

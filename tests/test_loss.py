@@ -1,6 +1,8 @@
 """The loss: packed equals separate on every attention path, the head only where trained, token-weighted."""
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from common.chat import Encoded
 from common.faults import UserError
 from common.head import HeadLoss
 from common.loss import FLAT_MULTIPLE, LossModel, batch_inputs, make_batch
+from common.model import compile_layers
 from common.probe import _has_dropout, choose_attention, reference_losses
 
 
@@ -155,6 +158,29 @@ def test_attention_by_blocks_equals_eager(kv_heads: int, monkeypatch: pytest.Mon
     loss, gradients = reference(model, EXAMPLES)
     found, found_gradients = packed(model, PACKED, [EXAMPLES])
     assert abs(found - loss) <= 1e-6 * loss and distance(gradients, found_gradients) <= 1e-5
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_layers_are_the_same_and_never_compiled_anew() -> None:
+    """Bug: every batch is compiled anew, attention cuts a layer into pieces, or the last layer runs what was compiled
+    for the others, at every position."""
+    from torch._dynamo.utils import counters
+
+    model = llama()
+    losses, gradients = zip(*(reference(model, examples) for examples in (EXAMPLES, EXAMPLES[:1])))
+    torch._dynamo.reset()
+    compile_layers(model)
+    counters.clear()
+    loss_model = LossModel(model, PACKED)
+    model.set_attn_implementation(PACKED)
+    for rows, loss, expected in (([EXAMPLES], losses[0], gradients[0]), ([EXAMPLES[:1]], losses[1], gradients[1]),
+                                 ([EXAMPLES[2:], EXAMPLES[:2]], losses[0], gradients[0])):
+        model.zero_grad()
+        found = loss_model(**batch_inputs(make_batch(rows, 0, flat=True)))
+        found.backward()
+        found_gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert abs(found.item() - loss) <= 1e-6 * loss and distance(expected, found_gradients) <= 1e-5
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # the last layer, and the others
 
 
 def test_no_targets_give_zero_loss_and_zero_gradients() -> None:

@@ -107,7 +107,7 @@ def causal_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, b
 def _causal_blocks_backward(d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                             out: torch.Tensor, kept: torch.Tensor, bounds: torch.Tensor,
                             scaling: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    found = torch.empty(query.shape), torch.zeros(key.shape), torch.zeros(value.shape)
+    found = query.new_empty(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     drop = (d_out * out).sum(-1).t().unsqueeze(-1)  # (heads, T, 1)
     query, key, value, d_out, d_query, d_key, d_value = (
         x.transpose(0, 1) for x in (query, key, value, d_out, *found))

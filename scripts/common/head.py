@@ -145,14 +145,15 @@ class LastLayer:
         found = (reduce(lambda part, name: getattr(part, name, None), path, layers[-1])
                  for path in (("self_attn", "q_proj"), ("self_attn", "o_proj"), ("mlp",)))
         self.modules = [module for module in found if module is not None and _arguments(module) == 1]
-        self.wanted: tuple[torch.Tensor, torch.Size] | None = None  # positions in the flattened (B, T), and that shape
+        self.wanted: tuple[torch.Tensor, torch.Tensor] | None = None  # positions in (B, T) flattened, and its tokens
         for module in self.modules:
             module.register_forward_pre_hook(self._take)
             module.register_forward_hook(self._put)
 
     @contextmanager
-    def only(self, positions: torch.Tensor, shape: torch.Size) -> Iterator[None]:
-        self.wanted = positions, shape
+    def only(self, positions: torch.Tensor, input_ids: torch.Tensor) -> Iterator[None]:
+        """Wanted are these positions (N,) of the flattened input_ids (B, T)."""
+        self.wanted = positions, input_ids  # (its shape would be a constant of a compiled layer)
         try:
             yield
         finally:
@@ -170,9 +171,9 @@ class LastLayer:
             return None
         if isinstance(output, tuple):  # gpt-oss gives the scores of its experts as well
             return self._put(_, __, output[0]), *output[1:]
-        positions, shape = self.wanted
-        whole = output.new_zeros(shape.numel(), output.shape[-1])
-        return whole.index_copy(0, positions, output[0]).unflatten(0, shape)
+        positions, input_ids = self.wanted
+        whole = output.new_zeros(input_ids.numel(), output.shape[-1])
+        return whole.index_copy(0, positions, output[0]).unflatten(0, input_ids.shape)
 
 
 def _arguments(module: nn.Module) -> int:

@@ -162,7 +162,7 @@ class LossModel(nn.Module):
         """Last hidden states at `positions`, (N, H)."""
         # with gradient checkpointing a layer is computed again later, outside this block
         whole = self.whole_layers or getattr(self.causal_lm, "is_gradient_checkpointing", False)
-        with nullcontext() if whole else self.last_layer.only(positions, input_ids.shape):
+        with nullcontext() if whole else self.last_layer.only(positions, input_ids):
             states = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **self._places(position_ids),
                                                **self._segments_of(bounds, longest)).last_hidden_state
         return states.reshape(-1, states.shape[-1]).index_select(0, positions)

@@ -227,6 +227,9 @@ def compile_layers(model: PreTrainedModel) -> str:
         raise UserError(f"--compile: no list of layers in a {model.config.model_type} model. Leave --compile out.")
     if model.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         raise UserError("--compile: no C++ compiler (g++ or clang++) on this machine. Install one, or leave it out.")
+    # the last layer has hooks that leave positions out (LastLayer): it must not run what was compiled for the others
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch._dynamo.config.force_nn_module_property_static_shapes = False  # nor be compiled anew for other positions
     for layer in layers:
         layer.compile(dynamic=True)
     return f"compile: {len(layers)} layers, at their first use (the first step takes longer)"
