@@ -22,7 +22,6 @@ import numpy as np
 
 from common.faults import UserError
 from common.hub import local_model
-from common.pool import Pool, gather
 from common.render import Template, today
 from common.spm import SentencePiece, prove_equal, to_fast
 from common.template_file import TemplateFile, facts, read_template_file, to_jinja
@@ -75,7 +74,7 @@ class Chat:
             t: tokenizer.convert_tokens_to_ids(t) for t in tokenizer.all_special_tokens}
         self._eats_left = {i for i, t in special.items() if t.lstrip}
         self._eats_right = {i for i, t in special.items() if t.rstrip}
-        self._one = {i: np.array([i], dtype=np.int32) for i in self._controls.values()}
+        self._one = {i: np.int32(i).tobytes() for i in self._controls.values()}
         never = set(self._controls.values())
         if tokenizer.unk_token_id not in (self.eos_id, self.bos_id):
             never.discard(tokenizer.unk_token_id)  # text may hold characters the vocabulary lacks
@@ -128,7 +127,7 @@ class Chat:
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         """Encode plain texts; control strings in them stay text. Raises UserError if the tokenizer cannot do that."""
-        return [ids.tolist() for ids in self._encode_texts(texts)]
+        return [np.frombuffer(ids, np.int32).tolist() for ids in self._encode_texts(texts)]
 
     def _trained_turns(self, messages: list[dict]) -> frozenset[int]:
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -217,59 +216,64 @@ class Chat:
     def _encode(self, layouts: list[Layout]) -> list[Encoded]:
         """Encode all runs of all rows in one call of the tokenizer, then put the rows together."""
         texts = [self._boundary_texts(item) for layout in layouts for item in layout if isinstance(item, list)]
-        slots = dict.fromkeys(chain.from_iterable(texts))  # each text once: "assistant\n" is in every row
-        pool = Pool([*self._one, *slots], [*self._one.values(), *self._encode_texts(list(slots))])
-        stretches: list[tuple[int, int]] = []  # from, to in the pool; each is trained, or not, as a whole
+        slots = list(dict.fromkeys(chain.from_iterable(texts)))  # each text once: "assistant\n" is in every row
+        ids_of: dict[str | int, bytes] = self._one | dict(zip(slots, self._encode_texts(slots)))
+        stretches: list[bytes] = []  # each is trained, or not, as a whole
         learnt: list[bool] = []
         bounds, runs = [0], iter(texts)
         for layout in layouts:
             for item in layout:
                 if isinstance(item, tuple):
-                    stretches.append(pool.where[item[0]])
+                    stretches.append(ids_of[item[0]])
                     learnt.append(item[1])
                 else:
-                    stretches += pool.parts(next(runs)) or self._apart(item, pool)
+                    stretches += _parts([ids_of[text] for text in next(runs)]) or self._apart(item)
                     learnt += [trained for _, trained, _ in item]
             bounds.append(len(stretches))
-        starts, ends = np.fromiter(chain.from_iterable(stretches), np.int64, 2 * len(stretches)).reshape(-1, 2).T
-        lengths = ends - starts
-        flat, trained = gather(pool.ids(), starts, lengths), np.repeat(np.array(learnt, dtype=bool), lengths)
+        lengths = np.array([*map(len, stretches)], dtype=np.int64) // 4
+        flat = np.frombuffer(b"".join(stretches), np.int32)
+        trained = np.repeat(np.array(learnt, dtype=bool), lengths)
         bounds = np.concatenate([[0], np.cumsum(lengths)])[bounds].tolist()
         # nothing comes before the first token of a row, so it cannot be predicted
         trained[[start for start, end in zip(bounds, bounds[1:]) if end > start]] = False
         return [Encoded(flat[start:end], trained[start:end]) for start, end in zip(bounds, bounds[1:])]
 
-    def _apart(self, run: Run, pool: Pool) -> list[tuple[int, int]]:
+    def _apart(self, run: Run) -> list[bytes]:
         """The parts of a run encoded each by itself, where a token would reach over the beginning or end of an answer.
         """
         self.encoded_apart += 1
         text, *before = self._boundary_texts(run)
         cuts = [0, *map(len, before), len(text)]
-        return [pool.add(ids) for ids in self._encode_texts([text[a:b] for a, b in zip(cuts, cuts[1:])])]
+        return self._encode_texts([text[a:b] for a, b in zip(cuts, cuts[1:])])
 
-    def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
-        """Plain texts -> int32 ids, none of them a control id."""
-        if not texts:
-            return []
+    def _encode_texts(self, texts: list[str]) -> list[bytes]:
+        """Plain texts -> int32 ids of each side by side, none of them a control id."""
         if self.native is not None:  # cannot emit a control id, whatever the text
-            return self.native.encode_arrays(texts)
-        arrays = self._words.encode(texts) if self._words else self._encode_whole(texts)
+            return self.native.encode_bytes(texts)
+        found = self._words.encode(texts) if self._words else self._encode_whole(texts)
         # Unigram tokenizers without a piece for "<" read </s> in a text as the token, whatever they are asked.
-        if self._never_from_text[np.concatenate(arrays)].any():
-            text, ids = next((t, a) for t, a in zip(texts, arrays) if self._never_from_text[a].any())
-            token = self.tokenizer.convert_ids_to_tokens(int(ids[self._never_from_text[ids]][0]))
+        if self._controls_in(b"".join(found)).size:
+            text, controls = next((t, c) for t, c in zip(texts, map(self._controls_in, found)) if c.size)
+            token = self.tokenizer.convert_ids_to_tokens(int(controls[0]))
             raise UserError(f"tokenizer: it reads {token!r} in a text as the control token ({_around(text, token)!r}). "
                             "Remove the string from the rows, or use the SentencePiece .model it was made from.")
-        return arrays
+        return found
+
+    def _controls_in(self, content: bytes) -> np.ndarray:
+        """Those of the ids that cannot come from a text."""
+        ids = np.frombuffer(content, np.int32)
+        return ids[self._never_from_text[ids]]
 
     @cached_property
     def _words(self) -> Words | None:
         return of_fast(self.tokenizer, self._encode_whole)
 
-    def _encode_whole(self, texts: list[str]) -> list[np.ndarray]:
+    def _encode_whole(self, texts: list[str]) -> list[bytes]:
+        if not texts:
+            return []
         found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
                                return_token_type_ids=False, verbose=False)["input_ids"]
-        return [np.array(ids, dtype=np.int32) for ids in found]
+        return [np.array(ids, dtype=np.int32).tobytes() for ids in found]
 
     # -- text and files
 
@@ -324,6 +328,18 @@ class Chat:
             found["template_rows"] += 1
             found["template_differs"] += list(served) != encoded.input_ids.tolist()
         return found
+
+
+def _parts(whole: list[bytes]) -> list[bytes]:
+    """The ids of the parts of a run, if those of what precedes each of them begin those of the whole, else [].
+
+    whole: the ids of the texts from _boundary_texts.
+    """
+    ids, *before = whole
+    if not before:
+        return whole
+    cuts = [0, *map(len, before), len(ids)]
+    return [ids[a:b] for a, b in zip(cuts, cuts[1:])] if all(map(ids.startswith, before)) else []
 
 
 def _without_space(run: Run, end: int, strip: object) -> Run:

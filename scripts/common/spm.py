@@ -11,11 +11,12 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from common.faults import UserError
 from common.words import of_sentencepiece
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL_IDS = {"pad": 0, "unk": 1, "bos": 2, "eos": 3}  # what a bare .model has to bring
@@ -73,14 +74,14 @@ class SentencePiece:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Encode plain texts; control pieces cannot come out of text. Other cores have processes of their own."""
-        return [ids.tolist() for ids in self.encode_arrays(texts)]
+        return [np.frombuffer(ids, np.int32).tolist() for ids in self.encode_bytes(texts)]
 
-    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        """As encode, each text's ids as int32 (T,): no Python number is made for a token."""
+    def encode_bytes(self, texts: list[str]) -> list[bytes]:
+        """As encode, each text's ids as int32 side by side: no Python number is made for a token."""
         if self._words:
             return self._words.encode(texts)
         texts = [self.prepare(t) for t in texts] if self.normalises else texts
-        return self.native.encode(texts, num_threads=1, return_type="numpy")
+        return [ids.tobytes() for ids in self.native.encode(texts, num_threads=1, return_type="numpy")]
 
 
 def to_fast(sp: SentencePiece) -> PreTrainedTokenizerFast:

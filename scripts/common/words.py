@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from array import array
 from collections.abc import Callable, Collection
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from common.pool import gather
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -39,10 +35,11 @@ def of_sentencepiece(native: SentencePieceProcessor, proto: object) -> Words | N
               and not (normaliser.remove_extra_whitespaces or normaliser.precompiled_charsmap))
     if not usable or not _apart({p.piece for p in proto.pieces if p.type == NORMAL}):
         return None
-    return Words(lambda words: native.encode(words, num_threads=1, return_type="numpy"), native.piece_to_id(SPACE))
+    return Words(lambda words: [ids.tobytes() for ids in native.encode(words, num_threads=1, return_type="numpy")],
+                 native.piece_to_id(SPACE))
 
 
-def of_fast(tokenizer: PreTrainedTokenizerFast, encode: Callable[[list[str]], list[np.ndarray]]) -> Words | None:
+def of_fast(tokenizer: PreTrainedTokenizerFast, encode: Callable[[list[str]], list[bytes]]) -> Words | None:
     """The same for a tokenizer.json of that kind, as Llama 2 and Mistral have it. encode: texts -> int32 ids."""
     backend = tokenizer.backend_tokenizer
     model = backend.model
@@ -68,54 +65,43 @@ def _cut(text: str) -> list[str]:
     return _WORD.findall(" " + text) if "  " in text or text[0] == " " else text.split(" ")
 
 
-class _Numbers(dict):
-    """Word -> its number, in the order of first meeting. new: words met since it was last emptied."""
+class _Known(dict):
+    """Word -> its ids. new: words that were asked for and are not there yet -> what is to hold their ids."""
 
-    def __init__(self) -> None:
-        super().__init__({"": 0})  # as a text "" has no ids; as a word it is a lone space
-        self.new: list[str] = []
+    def __init__(self, space: bytes):
+        super().__init__({"": space})  # as a text "" has no ids; as a word it is a lone space
+        self.new: dict[str, bytearray] = {}
 
-    def __missing__(self, word: str) -> int:
-        number = self[word] = len(self)
-        self.new.append(word)
-        return number
+    def __missing__(self, word: str) -> bytearray:
+        return self.new.setdefault(word, bytearray())
 
 
 class Words:
-    """The words met so far, without the space before each, and their ids: word i has ids[starts[i]:starts[i + 1]]."""
+    """The words met so far, without the space before each, and their ids."""
 
-    def __init__(self, encode: Callable[[list[str]], list[np.ndarray]], space: int):
+    def __init__(self, encode: Callable[[list[str]], list[bytes]], space: int):
         """encode: texts -> int32 ids of each; space: the id of a lone space."""
-        self._encode, self._space = encode, space
+        self._encode, self._space = encode, np.int32(space).tobytes()
         self._forget()
 
     def _forget(self) -> None:
-        self.numbers, self.size = _Numbers(), 0
-        self.ids, self.starts = array("i", [self._space]), array("q", [0, 1])
+        self._known, self._size = _Known(self._space), 0
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
+    def encode(self, texts: list[str]) -> list[bytes]:
         """The int32 ids of each text, as it gives them for the whole text."""
-        if self.size > REMEMBERED:
+        if self._size > REMEMBERED:
             self._forget()
-        words = [_cut(text.replace(SPACE, " ")) if text else [] for text in texts]
-        found = map(self.numbers.__getitem__, chain.from_iterable(words))
-        numbers = np.fromiter(found, np.int64, sum(map(len, words)))
-        self._learn(self.numbers.new)
-        all_starts = np.frombuffer(self.starts, np.int64)
-        starts = all_starts[numbers]
-        lengths = all_starts[numbers + 1] - starts
-        ids = gather(np.frombuffer(self.ids, np.int32), starts, lengths)
-        bounds = np.concatenate([[0], np.cumsum(lengths)])[np.cumsum([0, *map(len, words)])].tolist()
-        return [ids[start:end] for start, end in zip(bounds, bounds[1:])]
+        ids_of = self._known.__getitem__
+        words = [[*map(ids_of, _cut(text.replace(SPACE, " ")))] if text else [] for text in texts]
+        self._learn()
+        return [*map(b"".join, words)]
 
-    def _learn(self, new: list[str]) -> None:
+    def _learn(self) -> None:
+        """Encode the new words."""
+        new, self._known.new = self._known.new, {}  # also if their encoding fails
         if new:
-            try:
-                found = self._encode(new)
-            except BaseException:  # ids of the words that are numbered already would be missing
-                self._forget()
-                raise
-            self.starts.extend((self.starts[-1] + np.cumsum([*map(len, found)])).tolist())
-            self.ids.frombytes(np.concatenate(found).tobytes())
-            self.size += sum(map(len, new))
-            new.clear()
+            known = dict(zip(new, self._encode([*new])))
+            for word, ids in known.items():
+                new[word][:] = ids
+            self._known.update(known)
+            self._size += sum(map(len, new))
