@@ -300,15 +300,15 @@ def test_rows_of_new_tokens_have_the_gradient_of_the_whole_matrix(monkeypatch: p
             assert head.trained_rows(model.get_output_embeddings()) is None
 
 
-@pytest.mark.parametrize("by_blocks", [True, False])
+@pytest.mark.parametrize("by_blocks", ["kept", "not kept", None])
 @pytest.mark.parametrize("lengths", [(5, 1, 9), (200, 3)])
-def test_values_of_another_size_than_keys(lengths: tuple[int, ...], by_blocks: bool) -> None:
+def test_values_of_another_size_than_keys(lengths: tuple[int, ...], by_blocks: str | None) -> None:
     """Bug: values are cut into heads by the size of the queries (DeepSeek's are smaller)."""
     torch.manual_seed(0)
     n = sum(lengths)
     query, key, value = (torch.randn(1, 4, n, size, requires_grad=True) for size in (6, 6, 4))
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    n_kept = count_kept(bounds.tolist()) if by_blocks else None
+    n_kept = {"kept": count_kept(bounds.tolist()), "not kept": 0}.get(by_blocks)
     out = packed_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, max_length_q=max(lengths),
                            n_kept=n_kept)
     true = torch.cat([F.scaled_dot_product_attention(*(x[:, :, a:b] for x in (query, key, value)), is_causal=True)

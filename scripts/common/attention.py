@@ -29,8 +29,8 @@ def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
     D).
 
     CUDA: torch's own varlen kernel (half precision, no dropout). CPU: one small causal attention per segment, which
-    beats a masked T x T attention 2.5 times at 16 segments in 2,048 tokens; in training causal_blocks where that is
-    possible and n_kept is told (`count_kept`).
+    beats a masked T x T attention 2.5 times at 16 segments in 2,048 tokens; by causal_blocks where that is possible
+    and n_kept is told.
     NotImplementedError for scores that are capped (Gemma 2) and for sinks (gpt-oss).
     """
     if softcap is not None or s_aux is not None:
@@ -48,7 +48,7 @@ def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
     # (B, h, T, D) -> (B * T, h, D): segments are numbered over the flattened rows
     query, key, value = (x.transpose(1, 2).reshape(rows * width, -1, x.shape[-1]) for x in (query, key, value))
     dropout = dropout if module.training else 0.0
-    if n_kept is not None and window is None and not dropout and torch.is_grad_enabled():
+    if n_kept is not None and window is None and not dropout:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = causal_blocks(query, *_for_each_head(query, key, value), cu_seq_lens_q, n_kept, scaling)[0]
     else:
@@ -90,7 +90,7 @@ def causal_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, b
     1.4 times as long on instruction rows.
 
     query, key (T, heads, D), value (T, heads, E) fp32, bounds (S + 1,) of the segments in T, n_kept as of
-    `count_kept` -> (T, heads, E), and the probabilities (heads * n_kept,).
+    `count_kept`, or 0 where nothing is to be kept -> (T, heads, E), and the probabilities (heads * n_kept,).
     Gradients as in FlashAttention-2 (arXiv:2307.08691, section 3.2).
     """
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -156,7 +156,7 @@ def _blocks(bounds: list[int], kept: torch.Tensor,
     start = 0
     for keys, rows in _parts(bounds):
         place = None
-        if _is_kept(keys):
+        if len(kept) and _is_kept(keys):
             shape = heads, rows.stop - rows.start, keys.stop - keys.start
             place = kept[start:start + math.prod(shape)].view(shape)
             start += place.numel()

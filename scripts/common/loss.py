@@ -151,7 +151,7 @@ class LossModel(nn.Module):
             return {}  # sdpa and eager find the segments in position_ids
         told = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
         if self.attention == PACKED and not bounds.is_cuda:
-            told["n_kept"] = count_kept(bounds.tolist())
+            told["n_kept"] = count_kept(bounds.tolist()) if torch.is_grad_enabled() else 0
         return told
 
     def _places(self, position_ids: torch.Tensor) -> dict:
