@@ -22,6 +22,7 @@ import numpy as np
 
 from common.faults import UserError
 from common.hub import local_model
+from common.layout import Fixed, Layout, Layouts, Run, boundary_texts, cut_at, mask
 from common.render import Template, today
 from common.spm import SentencePiece, prove_equal, to_fast
 from common.template_file import TemplateFile, facts, read_template_file, to_jinja
@@ -36,10 +37,6 @@ TEMPLATE_DIR = Path(__file__).resolve().parents[2] / "config" / "templates"
 BUILT_IN = ("chatml", "instruct", "chat", "raw")
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 FORMAT = 2  # part of every cache key: raise it when the ids or masks of any template change
-
-Control = tuple[int, bool]  # (id, trained)
-Run = list[tuple[str, bool, bool]]  # the texts between two controls: (text, trained, part of an answer), alternating
-Layout = list[Control | Run]  # a row before it is encoded
 
 
 @dataclass(slots=True)
@@ -72,9 +69,8 @@ class Chat:
         special = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._controls = {t.content: i for i, t in special.items()} | {
             t: tokenizer.convert_tokens_to_ids(t) for t in tokenizer.all_special_tokens}
-        self._eats_left = {i for i, t in special.items() if t.lstrip}
-        self._eats_right = {i for i, t in special.items() if t.rstrip}
-        self._one = {i: np.int32(i).tobytes() for i in self._controls.values()}
+        self._layouts = Layouts(self._encode_texts, {i for i, t in special.items() if t.lstrip},
+                                {i for i, t in special.items() if t.rstrip}, self.train_on_prompt)
         never = set(self._controls.values())
         if tokenizer.unk_token_id not in (self.eos_id, self.bos_id):
             never.discard(tokenizer.unk_token_id)  # text may hold characters the vocabulary lacks
@@ -92,7 +88,7 @@ class Chat:
         self.stop_ids = list(dict.fromkeys([self.end_id, self.eos_id]))
 
     def _end_of_turn(self, probe: list[dict]) -> int:
-        answer = [p for p in self._template.pieces(probe)[0] if p.turn is not None]
+        answer = [p for p in self._template.follow(probe)[0].pieces if p.turn is not None]
         if any(probe[p.turn]["role"] != "assistant" for p in answer):
             raise UserError(f"template {self.template_name}: it marks a user's text as trained. Put the marks around "
                             "the assistant's text alone; --train_on_prompt trains everything.")
@@ -142,11 +138,12 @@ class Chat:
         """
         layout = self._text_layout(row.text) if row.messages is None else \
             self._layout(row.messages, row.tools, self._trained_turns(row.messages))
-        if layout and isinstance(layout[0], tuple) and layout[0][0] == self.bos_id:
-            layout = layout[1:]
+        items = [part for item in layout for part in (item.items if type(item) is Fixed else [item])]
+        if items and isinstance(items[0], tuple) and items[0][0] == self.bos_id:
+            items = items[1:]
         names = {i: t for t, i in self._controls.items()}
         shown = facts(self.template)["signs"]
-        parts = [part for item in layout for part in (
+        parts = [part for item in items for part in (
             item if isinstance(item, list) else [(shown.get(names[item[0]], names[item[0]]), item[1])])]
         spans, at = [], 0
         for text, learnt, *_ in parts:
@@ -159,90 +156,51 @@ class Chat:
     # -- a row before it is encoded
 
     def _text_layout(self, text: str) -> Layout:
-        bos: Layout = [(self.bos_id, False)] if self.adds_bos else []
-        return [*bos, [(text, True, True)], (self.eos_id, True)]
+        begin, end = self._around_text
+        return [*begin, [(text, True, True)], end]
+
+    @cached_property
+    def _around_text(self) -> tuple[Layout, Fixed]:
+        begin = [self._layouts.fixed([(self.bos_id, False)])] if self.adds_bos else []
+        return begin, self._layouts.fixed([(self.eos_id, True)])
 
     def _layout(self, messages: list[dict], tools: list | None, trained: frozenset[int],
                 generation_prompt: bool = False) -> Layout:
-        """Put the texts into the template's pieces: controls, and the runs of text between them."""
-        pieces, contents = self._template.pieces(messages, tools, generation_prompt)
-        layout: Layout = []  # cut at answers, trained or not: what is trained must not change the ids
-        run: Run = []
-        for piece in pieces:
-            learnt = self.train_on_prompt or piece.turn in trained
-            if piece.control is not None:
-                if run:
-                    layout.append(run)
-                    run = []
-                layout.append((piece.control, learnt))
-                continue
-            text = piece.text if piece.message is None else contents[piece.message]
-            answers = piece.turn is not None
-            if run and run[-1][2] == answers:
-                run[-1] = (run[-1][0] + text, learnt, answers)
-            elif text:
-                run.append((text, learnt, answers))
-        if run:
-            layout.append(run)
-        return self._strip(layout) if self._eats_left or self._eats_right else layout
-
-    def _strip(self, layout: Layout) -> Layout:
-        """Cut white space beside control tokens that swallow it, as the tokenizer does when it reads rendered text."""
-        out: Layout = []
-        for before, item, after in zip([None, *layout], layout, [*layout[1:], None]):
-            if isinstance(item, list):
-                if isinstance(before, tuple) and before[0] in self._eats_right:
-                    item = _without_space(item, 0, str.lstrip)
-                if isinstance(after, tuple) and after[0] in self._eats_left:
-                    item = _without_space(item, -1, str.rstrip)
-            if item:
-                out.append(item)
-        return out
-
-    def _boundary_texts(self, run: Run) -> list[str]:
-        """The whole run, and what of it precedes each beginning or end of an answer.
-
-        [("Assistant: ", False, False), ("Hi", True, True)] -> ["Assistant: Hi", "Assistant:"]   (the space joins "Hi")
-        """
-        texts, text = [], ""
-        for i, (part, _, answers) in enumerate(run):
-            if i:
-                texts.append(text.rstrip(" ") if answers and self._space_joins else text)
-            text += part
-        return [text, *texts]
+        return self._layouts.of(*self._template.follow(messages, tools, generation_prompt), trained)
 
     # -- encoding
 
     def _encode(self, layouts: list[Layout]) -> list[Encoded]:
         """Encode all runs of all rows in one call of the tokenizer, then put the rows together."""
-        texts = [self._boundary_texts(item) for layout in layouts for item in layout if isinstance(item, list)]
-        slots = list(dict.fromkeys(chain.from_iterable(texts)))  # each text once: "assistant\n" is in every row
-        ids_of: dict[str | int, bytes] = self._one | dict(zip(slots, self._encode_texts(slots)))
-        stretches: list[bytes] = []  # each is trained, or not, as a whole
-        learnt: list[bool] = []
-        bounds, runs = [0], iter(texts)
+        runs = [boundary_texts(item, self._space_joins) for layout in layouts for item in layout
+                if type(item) is not Fixed]
+        texts = list(dict.fromkeys(chain.from_iterable(runs)))
+        ids_of, due = dict(zip(texts, self._encode_texts(texts))), iter(runs)
+        ids: list[bytes] = []
+        trained: list[bytes] = []
+        ends = [0]
         for layout in layouts:
             for item in layout:
-                if isinstance(item, tuple):
-                    stretches.append(ids_of[item[0]])
-                    learnt.append(item[1])
+                if type(item) is Fixed:
+                    ids.append(item.ids)
+                    trained.append(item.trained)
                 else:
-                    stretches += _parts([ids_of[text] for text in next(runs)]) or self._apart(item)
-                    learnt += [trained for _, trained, _ in item]
-            bounds.append(len(stretches))
-        lengths = np.array([*map(len, stretches)], dtype=np.int64) // 4
-        flat = np.frombuffer(b"".join(stretches), np.int32)
-        trained = np.repeat(np.array(learnt, dtype=bool), lengths)
-        bounds = np.concatenate([[0], np.cumsum(lengths)])[bounds].tolist()
+                    whole, *before = [ids_of[text] for text in next(due)]
+                    parts = cut_at(before, whole) or self._apart(item)
+                    ids += parts
+                    trained += [mask(learnt, part) for (_, learnt, _), part in zip(item, parts)]
+            ends.append(len(ids))
+        bounds = (np.cumsum([0, *map(len, ids)]) // 4)[ends].tolist()
+        flat, learnt = np.frombuffer(b"".join(ids), np.int32), np.frombuffer(bytearray().join(trained), np.bool_)
         # nothing comes before the first token of a row, so it cannot be predicted
-        trained[[start for start, end in zip(bounds, bounds[1:]) if end > start]] = False
-        return [Encoded(flat[start:end], trained[start:end]) for start, end in zip(bounds, bounds[1:])]
+        learnt[[start for start, end in zip(bounds, bounds[1:]) if end > start]] = False
+        return [Encoded(flat[start:end], learnt[start:end]) for start, end in zip(bounds, bounds[1:])]
 
     def _apart(self, run: Run) -> list[bytes]:
         """The parts of a run encoded each by itself, where a token would reach over the beginning or end of an answer.
         """
         self.encoded_apart += 1
-        text, *before = self._boundary_texts(run)
+        text, *before = boundary_texts(run, self._space_joins)
         cuts = [0, *map(len, before), len(text)]
         return self._encode_texts([text[a:b] for a, b in zip(cuts, cuts[1:])])
 
@@ -328,30 +286,6 @@ class Chat:
             found["template_rows"] += 1
             found["template_differs"] += list(served) != encoded.input_ids.tolist()
         return found
-
-
-def _parts(whole: list[bytes]) -> list[bytes]:
-    """The ids of the parts of a run, if those of what precedes each of them begin those of the whole, else [].
-
-    whole: the ids of the texts from _boundary_texts.
-    """
-    ids, *before = whole
-    if not before:
-        return whole
-    cuts = [0, *map(len, before), len(ids)]
-    return [ids[a:b] for a, b in zip(cuts, cuts[1:])] if all(map(ids.startswith, before)) else []
-
-
-def _without_space(run: Run, end: int, strip: object) -> Run:
-    """A run whose first (end 0) or last (end -1) white space is gone, also where that empties a part."""
-    run = list(run)
-    while run:
-        text = strip(run[end][0])
-        if text:
-            run[end] = (text, *run[end][1:])
-            break
-        run.pop(end)
-    return run
 
 
 def _around(text: str, token: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from common.faults import UserError
@@ -42,6 +42,7 @@ class Structure:
     parts: list[str]
     names: list[str]  # control strings of tool calls and tool lists, which the placeholders s0, s1, ... stand for
     pieces: list[Piece]
+    cut: dict[tuple, list] = field(default_factory=dict)  # as Layouts cuts the pieces
 
 
 class Template:
@@ -77,21 +78,21 @@ class Template:
             raise UserError(f"template {self.name}: cannot render turns {roles}: {_first_line(fault)}. "
                             "Change the rows or the template.") from None
 
-    def pieces(self, messages: list[dict], tools: list | None = None,
-               generation_prompt: bool = False) -> tuple[list[Piece], list[str]]:
-        """The pieces of a conversation, and the messages' contents as the template puts them in (it may trim them).
+    def follow(self, messages: list[dict], tools: list | None = None,
+               generation_prompt: bool = False) -> tuple[Structure, list[str]]:
+        """What the template makes of a conversation, and the messages' contents as it puts them in (it may trim them).
 
         Raise UserError if the template changes contents in another way.
         """
         contents = [m["content"] or "" for m in messages]
         if self.trusted:
-            return self._structure(messages, tools, generation_prompt, False).pieces, contents
+            return self._structure(messages, tools, generation_prompt, False), contents
         truth = self.render([{k: v for k, v in m.items() if k != "train"} for m in messages], tools, generation_prompt)
         for hold_empty in (True, False):  # a template may ask whether there is a content
             structure = self._structure(messages, tools, generation_prompt, hold_empty)
             found = _follow(structure, truth, contents)
             if found is not None:
-                return structure.pieces, found
+                return structure, found
         raise UserError(f"template {self.name}: it changes the text of a message ({contents[0]!r:.60} …) in a way that "
                         "cannot be followed token by token. Use a template that inserts contents as they are.")
 

@@ -1,0 +1,146 @@
+"""A row before it is encoded: what the template puts into every row of its kind, and the runs of text that differ.
+
+    <|im_start|>  "user\\nHi"  <|im_end|> "\\n" <|im_start|>  "assistant\\n" + "Hello"  <|im_end|> "\\n"
+    Fixed         a run        Fixed                          a run of two parts        Fixed
+
+What is fixed is cut and encoded once for each structure of a conversation, not for each row.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from common.render import Piece, Structure
+
+Control = tuple[int, bool]  # (id, trained)
+Run = list[tuple[str, bool, bool]]  # the texts between two controls: (text, trained, part of an answer), alternating
+
+
+@dataclass(slots=True)
+class Fixed:
+    """Control tokens, and texts between them in which there is nothing of a message."""
+
+    items: list[Control | Run]
+    ids: bytes  # int32 each
+    trained: bytes  # a byte each
+
+
+@dataclass(slots=True)
+class _Gap:
+    """A run with places for messages: (text or index of a message, ...), trained, part of an answer."""
+
+    parts: list[tuple[list[str | int], bool, bool]]
+    strips_left: bool = False  # the control token before it swallows white space
+    strips_right: bool = False
+
+    def fill(self, contents: list[str]) -> Run:
+        run = [("".join([contents[x] if type(x) is int else x for x in texts]), learnt, answers)
+               for texts, learnt, answers in self.parts]
+        if self.strips_left:
+            run = _without_space(run, 0, str.lstrip)
+        return _without_space(run, -1, str.rstrip) if self.strips_right else run
+
+
+Layout = list[Fixed | Run]
+
+
+class Layouts:
+    """Pieces of a template and contents of messages -> layouts."""
+
+    def __init__(self, encode: Callable[[list[str]], list[bytes]], eats_left: set[int], eats_right: set[int],
+                 train_on_prompt: bool):
+        """encode: texts -> int32 ids of each. eats_left, eats_right: control tokens that swallow white space there."""
+        self._encode, self._eats_left, self._eats_right = encode, eats_left, eats_right
+        self.train_on_prompt = train_on_prompt
+
+    def of(self, structure: Structure, contents: list[str], trained: frozenset[int]) -> Layout:
+        """Put the contents in. trained: the turns whose answers are."""
+        key = trained, *map(bool, contents)
+        cut = structure.cut.get(key)
+        if cut is None:
+            cut = structure.cut[key] = self._cut(structure.pieces, contents, trained)
+        layout = [item if type(item) is Fixed else item.fill(contents) for item in cut]
+        return [item for item in layout if item] if self._eats_left or self._eats_right else layout
+
+    def fixed(self, items: list[Control | Run]) -> Fixed:
+        """Runs among the items are of one text each."""
+        ids = [np.int32(item[0]).tobytes() if type(item) is tuple else self._encode([item[0][0]])[0] for item in items]
+        learnt = [item[1] if type(item) is tuple else item[0][1] for item in items]
+        return Fixed(items, b"".join(ids), b"".join(map(mask, learnt, ids)))
+
+    def _cut(self, pieces: list[Piece], contents: list[str], trained: frozenset[int]) -> list[Fixed | _Gap]:
+        """The pieces between which messages are put in; an empty content leaves no place."""
+        items: list[Control | list] = []  # cut at answers, trained or not: what is trained must not change the ids
+        run: list[tuple[list[str | int], bool, bool]] = []
+        for piece in pieces:
+            learnt = self.train_on_prompt or piece.turn in trained
+            if piece.control is not None:
+                items += [run, (piece.control, learnt)] if run else [(piece.control, learnt)]
+                run = []
+                continue
+            text = piece.text if piece.message is None else piece.message if contents[piece.message] else ""
+            answers = piece.turn is not None
+            if run and run[-1][2] == answers:
+                run[-1] = [*run[-1][0], text], learnt, answers
+            elif text != "":
+                run.append(([text], learnt, answers))
+        return self._joined([*items, run] if run else items)
+
+    def _joined(self, items: list[Control | list]) -> list[Fixed | _Gap]:
+        """Neighbours in which there is no message become one."""
+        cut: list[Fixed | _Gap] = []
+        same: list[Control | Run] = []
+        for before, item, after in zip([None, *items], items, [*items[1:], None]):
+            if type(item) is list:
+                gap = _Gap(item, type(before) is tuple and before[0] in self._eats_right,
+                           type(after) is tuple and after[0] in self._eats_left)
+                if len(item) > 1 or any(type(x) is int for x in item[0][0]):
+                    cut += [self.fixed(same), gap] if same else [gap]
+                    same = []
+                    continue
+                item = gap.fill([])
+            if item:
+                same.append(item)
+        return [*cut, self.fixed(same)] if same else cut
+
+
+def mask(learnt: bool, ids: bytes) -> bytes:
+    """A byte for each of the ids."""
+    return (b"\1" if learnt else b"\0") * (len(ids) // 4)
+
+
+def boundary_texts(run: Run, space_joins: bool) -> list[str]:
+    """The whole run, and what of it precedes each beginning or end of an answer.
+
+    [("Assistant: ", False, False), ("Hi", True, True)] -> ["Assistant: Hi", "Assistant:"]   (the space joins "Hi")
+    """
+    texts, text = [], ""
+    for i, (part, _, answers) in enumerate(run):
+        if i:
+            texts.append(text.rstrip(" ") if answers and space_joins else text)
+        text += part
+    return [text, *texts]
+
+
+def cut_at(before: list[bytes], ids: bytes) -> list[bytes] | None:
+    """The ids of the parts of a run, or None if those of what precedes each of them do not begin those of the whole."""
+    if not before:
+        return [ids]
+    cuts = [0, *map(len, before), len(ids)]
+    return [ids[a:b] for a, b in zip(cuts, cuts[1:])] if all(map(ids.startswith, before)) else None
+
+
+def _without_space(run: Run, end: int, strip: Callable[[str], str]) -> Run:
+    """A run whose first (end 0) or last (end -1) white space is gone, also where that empties a part."""
+    run = list(run)
+    while run:
+        text = strip(run[end][0])
+        if text:
+            run[end] = (text, *run[end][1:])
+            break
+        run.pop(end)
+    return run
