@@ -14,7 +14,7 @@ import torch
 from conftest import chat_rows, make_llama, write_rows
 from forks import fork_main
 
-from common.chat import load_chat
+from common.chat import Encoded, load_chat
 from common.evaluate import (
     Measured,
     Options,
@@ -95,9 +95,12 @@ def library_answer(model: torch.nn.Module, prompt: list[int]) -> Generated:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "sft_packed"])
-def test_batched_answers_equal_those_of_the_library_one_by_one(llama: torch.nn.Module, attention: str) -> None:
+def test_batched_answers_equal_those_of_the_library_one_by_one(llama: torch.nn.Module, attention: str,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against padding that is attended to, positions that count padding, rows mixed up when others leave the
-    batch, answers out of order, and training's attention path (which has no cache) being used to generate."""
+    batch or when the cache grows, answers out of order, and training's attention path (which has no cache) being used
+    to generate."""
+    monkeypatch.setattr("common.generate.ROOM", 7)
     asked = prompts()
     expected = [library_answer(llama, p) for p in asked]
     assert 3 < sum(e.stopped for e in expected) < len(expected), "the test needs answers that stop and that do not"
@@ -109,6 +112,23 @@ def test_batched_answers_equal_those_of_the_library_one_by_one(llama: torch.nn.M
         assert llama.config._attn_implementation == attention
     finally:
         llama.set_attn_implementation("sdpa")
+
+
+def test_one_thread_for_little_work_alone(llama: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against prompts and losses of a small model on one thread, single tokens on all, and a setting that is
+    left behind."""
+    size, seen = sum(p.numel() for p in llama.parameters()), []
+    monkeypatch.setattr("common.generate.LITTLE_WORK", 10 * size)
+    hook = llama.model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        generate(llama, [[5] * 10], max_new_tokens=3, stop_ids=[], pad_id=0)
+        example = Encoded(np.arange(1, 13, dtype=np.int32), np.ones(12, bool))
+        score(llama, [example], pad_id=0, batch_size=1)
+        assert seen[:3] == [2, 1, 1] and set(seen[3:]) == {2} and torch.get_num_threads() == 2
+    finally:
+        hook.remove()
+        torch.set_num_threads(1)
 
 
 def test_sampled_answers_are_a_function_of_seed_and_row(llama: torch.nn.Module) -> None:

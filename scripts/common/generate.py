@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from common.attention import set_ordinary_attention
 from common.faults import NotFinite, UserError
 
-# Parameters. Below, the work of one token does not pay for waking a second thread: 3 x 128, 32 rows, two busy cores
-# write 8,500 tokens a second with one thread and 500 with two.
-SMALL = 20_000_000
+# Parameters, and parameters times tokens of a forward pass: what is below both does not pay for waking a second thread
+# (3 x 128, 32 rows, two busy cores write 8,500 tokens a second with one thread and 500 with two).
+SMALL, LITTLE_WORK = 20_000_000, 500_000_000
+ROOM = 64  # tokens by which a cache grows
+
 
 @dataclass(slots=True)
 class Generated:
@@ -112,15 +114,61 @@ def ordinary_attention(causal_lm: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def fitting_threads(causal_lm: nn.Module) -> Iterator[None]:
-    """One thread for a small model on a CPU."""
-    threads, first = torch.get_num_threads(), next(causal_lm.parameters())
-    if first.device.type == "cpu" and sum(p.numel() for p in causal_lm.parameters()) < SMALL:
-        torch.set_num_threads(1)
+def fitting_threads(model: nn.Module) -> Iterator[None]:
+    """On a CPU, one thread for what is little work of a small model."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    threads, size = torch.get_num_threads(), sum(p.numel() for p in causal_lm.parameters())
+    if next(causal_lm.parameters()).device.type != "cpu" or size >= SMALL:
+        yield
+        return
+
+    def fit(_: nn.Module, args: tuple, named: dict) -> None:
+        ids = args[0] if args else named["input_ids"]
+        torch.set_num_threads(1 if ids.numel() * size < LITTLE_WORK else threads)
+
+    hook = causal_lm.base_model.register_forward_pre_hook(fit, with_kwargs=True)
     try:
         yield
     finally:
+        hook.remove()
         torch.set_num_threads(threads)
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room behind them, where those of the next tokens are written: DynamicLayer copies all that
+    there is for each."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object,
+               **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._stores = [new[:, :, :0] for new in (key_states, value_states)]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if end > self._stores[0].shape[-2]:
+            self._stores = [self._larger(store, start, end + ROOM) for store in self._stores]
+        for store, new in zip(self._stores, (key_states, value_states)):
+            store[:, :, start:end] = new
+        self.keys, self.values = (store[:, :, :end] for store in self._stores)
+        return self.keys, self.values
+
+    @staticmethod
+    def _larger(store: torch.Tensor, used: int, size: int) -> torch.Tensor:
+        larger = store.new_zeros(*store.shape[:2], size, store.shape[-1])
+        larger[:, :, :used] = store[:, :, :used]
+        return larger
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        end = self.get_seq_length()
+        if end:
+            self._stores = [store[indices] for store in self._stores]
+            self.keys, self.values = (store[:, :, :end] for store in self._stores)
+
+
+def _cache(causal_lm: nn.Module) -> DynamicCache:
+    cache = DynamicCache(config=causal_lm.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _is_recurrent(causal_lm: nn.Module) -> bool:
@@ -160,7 +208,7 @@ def _answer(causal_lm: nn.Module, prompts: list[list[int]], room: list[int], row
     positions = (mask[:, :width].cumsum(1) - 1).clamp_(min=0)
     draws = None if how.temperature == 0 else np.stack(
         [np.random.default_rng([how.seed, how.places[i]]).random(most) for i in rows])  # (B, most)
-    cache, extra = DynamicCache(config=causal_lm.config), {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    cache, extra = _cache(causal_lm), {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     for step in range(most):
         if "position_ids" in accepted:
             extra["position_ids"] = positions
