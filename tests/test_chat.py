@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import train_spm
 
+from common import layout
 from common.chat import Chat, load_chat, load_saved_chat, load_tokenizer
 from common.faults import UserError
 from common.rows import Row
@@ -292,6 +293,29 @@ def test_which_turns_are_trained(byte_level: str) -> None:
     assert text(turns, assistant_turns="last") == text(turns) == ""
     whole = text(turns, train_on_prompt=True)
     assert whole.startswith("user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>") and whole.endswith("\n")
+
+
+def test_a_row_is_independent_of_those_before_it(byte_level: str, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a structure is cut is remembered: for other turns trained, or a content that is trimmed to nothing."""
+    monkeypatch.setattr(layout, "MOST_PLANS", 5)
+    source = ("{% for m in messages %}{{ m.role + ': ' + m.content | trim }}"  # the space joins what is not empty
+              "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
+              "{{ 'assistant:' if add_generation_prompt else '' }}")
+    contents = ("the cat", " ", " a dog \n")
+    rows = [Row(1, [{"role": "user", "content": asked}, {"role": "assistant", "content": first, "train": one},
+                    {"role": "assistant", "content": second, "train": other}])
+            for asked in contents for first in contents for second in contents
+            for one in (True, False) for other in (True, False)]
+    (tmp_path / "own.jinja").write_text(source)
+    for template in ("chatml", str(tmp_path / "own.jinja")):
+        chat = load_chat(byte_level, template)
+        found = [chat.encode_rows([row])[0] for row in [*rows, *rows]]
+        assert all(len(structure.plans) <= 5 for structure in chat._template._structures.values())
+        for row, *encoded in zip(rows, found, found[len(rows):]):
+            alone = load_chat(byte_level, template).encode_rows([row])[0]
+            assert [e.input_ids.tolist() for e in encoded] == [alone.input_ids.tolist()] * 2
+            assert [e.trained.tolist() for e in encoded] == [alone.trained.tolist()] * 2
 
 
 def test_rows_are_independent_of_their_batch(spm_bpe: str) -> None:

@@ -54,6 +54,7 @@ def context_limit(model: nn.Module) -> int | None:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # layers compiled for training would be compiled anew for a cache
 def generate(model: nn.Module, prompts: list[list[int]], *, max_new_tokens: int | list[int], stop_ids: list[int],
              pad_id: int, vocab_size: int | None = None, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
              places: list[int] | None = None, batch_size: int = 32, max_batch_tokens: int = 32768,
@@ -122,11 +123,12 @@ def fitting_threads(model: nn.Module) -> Iterator[None]:
         yield
         return
 
-    def fit(_: nn.Module, args: tuple, named: dict) -> None:
-        ids = args[0] if args else named["input_ids"]
+    def fit(_: nn.Module, given: tuple, named: dict) -> None:
+        ids = [*given, *named.values()][0]
         torch.set_num_threads(1 if ids.numel() * size < LITTLE_WORK else threads)
 
-    hook = causal_lm.base_model.register_forward_pre_hook(fit, with_kwargs=True)
+    # what every forward pass begins with; not every one calls base_model (OPT's does not)
+    hook = causal_lm.get_input_embeddings().register_forward_pre_hook(fit, with_kwargs=True)
     try:
         yield
     finally:
@@ -136,7 +138,7 @@ def fitting_threads(model: nn.Module) -> Iterator[None]:
 
 class _RoomyLayer(DynamicLayer):
     """Keys and values with room behind them, where those of the next tokens are written: DynamicLayer copies all that
-    there is for each."""
+    there is for each. What else DynamicLayer does to its tensors (for beams, offloading) is not known to the room."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object,
                **__: object) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,20 +1,24 @@
-"""A row before it is encoded: what the template puts into every row of its kind, and the runs of text that differ.
+"""A row before it is encoded: stretches that many rows share, and runs of text that differ.
 
     <|im_start|>  "user\\nHi"  <|im_end|> "\\n" <|im_start|>  "assistant\\n" + "Hello"  <|im_end|> "\\n"
     Fixed         a run        Fixed                          a run of two parts        Fixed
 
-What is fixed is cut and encoded once for each structure of a conversation, not for each row.
+Where the pieces of a template are cut, and the ids of what is fixed, are worked out once for each structure of a
+conversation, turns that are trained, and contents that are empty.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from common.render import Piece, Structure
+
+MOST_PLANS = 64  # of a structure: rows that choose among many answers which are trained are rarely alike
 
 Control = tuple[int, bool]  # (id, trained)
 Run = list[tuple[str, bool, bool]]  # the texts between two controls: (text, trained, part of an answer), alternating
@@ -31,7 +35,7 @@ class Fixed:
 
 @dataclass(slots=True)
 class _Gap:
-    """A run with places for messages: (text or index of a message, ...), trained, part of an answer."""
+    """A run to be: its parts are (texts and indices of messages, trained, part of an answer)."""
 
     parts: list[tuple[list[str | int], bool, bool]]
     strips_left: bool = False  # the control token before it swallows white space
@@ -46,6 +50,7 @@ class _Gap:
 
 
 Layout = list[Fixed | Run]
+Plan = list[Fixed | _Gap]
 
 
 class Layouts:
@@ -54,26 +59,30 @@ class Layouts:
     def __init__(self, encode: Callable[[list[str]], list[bytes]], eats_left: set[int], eats_right: set[int],
                  train_on_prompt: bool):
         """encode: texts -> int32 ids of each. eats_left, eats_right: control tokens that swallow white space there."""
-        self._encode, self._eats_left, self._eats_right = encode, eats_left, eats_right
-        self.train_on_prompt = train_on_prompt
+        self._eats_left, self._eats_right, self.train_on_prompt = eats_left, eats_right, train_on_prompt
+        self._ids = lru_cache(1000)(lambda text: encode([text])[0])
+        self._controls = lru_cache(1000)(lambda *controls: self.fixed([*controls]))
 
     def of(self, structure: Structure, contents: list[str], trained: frozenset[int]) -> Layout:
         """Put the contents in. trained: the turns whose answers are."""
         key = trained, *map(bool, contents)
-        cut = structure.cut.get(key)
-        if cut is None:
-            cut = structure.cut[key] = self._cut(structure.pieces, contents, trained)
-        layout = [item if type(item) is Fixed else item.fill(contents) for item in cut]
+        plan = structure.plans.get(key)
+        if plan is None:
+            shared = structure.common and len(structure.plans) < MOST_PLANS
+            plan = self._plan(structure.pieces, contents, trained, shared)
+            if shared:
+                structure.plans[key] = plan
+        layout = [item if type(item) is Fixed else item.fill(contents) for item in plan]
         return [item for item in layout if item] if self._eats_left or self._eats_right else layout
 
     def fixed(self, items: list[Control | Run]) -> Fixed:
-        """Runs among the items are of one text each."""
-        ids = [np.int32(item[0]).tobytes() if type(item) is tuple else self._encode([item[0][0]])[0] for item in items]
+        """Runs among the items are of one part each."""
+        ids = [np.int32(item[0]).tobytes() if type(item) is tuple else self._ids(item[0][0]) for item in items]
         learnt = [item[1] if type(item) is tuple else item[0][1] for item in items]
         return Fixed(items, b"".join(ids), b"".join(map(mask, learnt, ids)))
 
-    def _cut(self, pieces: list[Piece], contents: list[str], trained: frozenset[int]) -> list[Fixed | _Gap]:
-        """The pieces between which messages are put in; an empty content leaves no place."""
+    def _plan(self, pieces: list[Piece], contents: list[str], trained: frozenset[int], shared: bool) -> Plan:
+        """shared: worth encoding what is fixed; otherwise its texts are encoded with those of the other rows."""
         items: list[Control | list] = []  # cut at answers, trained or not: what is trained must not change the ids
         run: list[tuple[list[str | int], bool, bool]] = []
         for piece in pieces:
@@ -88,24 +97,26 @@ class Layouts:
                 run[-1] = [*run[-1][0], text], learnt, answers
             elif text != "":
                 run.append(([text], learnt, answers))
-        return self._joined([*items, run] if run else items)
+        return self._joined([*items, run] if run else items, shared)
 
-    def _joined(self, items: list[Control | list]) -> list[Fixed | _Gap]:
-        """Neighbours in which there is no message become one."""
-        cut: list[Fixed | _Gap] = []
+    def _joined(self, items: list[Control | list], shared: bool) -> Plan:
+        """Neighbours become one where nothing of a message is in them, nor the boundary of an answer."""
+        plan: Plan = []
         same: list[Control | Run] = []
         for before, item, after in zip([None, *items], items, [*items[1:], None]):
             if type(item) is list:
                 gap = _Gap(item, type(before) is tuple and before[0] in self._eats_right,
                            type(after) is tuple and after[0] in self._eats_left)
-                if len(item) > 1 or any(type(x) is int for x in item[0][0]):
-                    cut += [self.fixed(same), gap] if same else [gap]
-                    same = []
+                if not shared or len(item) > 1 or any(type(x) is int for x in item[0][0]):
+                    if same:
+                        plan.append(self.fixed(same) if shared else self._controls(*same))
+                        same = []
+                    plan.append(gap)
                     continue
                 item = gap.fill([])
             if item:
                 same.append(item)
-        return [*cut, self.fixed(same)] if same else cut
+        return [*plan, self.fixed(same)] if same else plan
 
 
 def mask(learnt: bool, ids: bytes) -> bytes:

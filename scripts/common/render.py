@@ -42,7 +42,8 @@ class Structure:
     parts: list[str]
     names: list[str]  # control strings of tool calls and tool lists, which the placeholders s0, s1, ... stand for
     pieces: list[Piece]
-    cut: dict[tuple, list] = field(default_factory=dict)  # as Layouts cuts the pieces
+    common: bool  # of roles alone, so that many rows share it; tool calls are rarely alike
+    plans: dict[tuple, list] = field(default_factory=dict)  # of Layouts
 
 
 class Template:
@@ -120,7 +121,7 @@ class Template:
             if len(self._structures) >= REMEMBERED:
                 self._structures.clear()
             text = self._mark_silent_answers(self.render(shape, protected, generation_prompt, True), shape, protected)
-            known = self._structures[key] = self._cut(text, messages, names)
+            known = self._structures[key] = self._cut(text, messages, names, isinstance(key, tuple))
         return known
 
     def _mark_silent_answers(self, text: str, shape: list[dict], tools: list | None) -> str:
@@ -151,7 +152,7 @@ class Template:
             return text
         return f"{text[:ends[-1]]}{OPEN}.{i}{CLOSE}{text[ends[-1]:]}"
 
-    def _cut(self, text: str, messages: list[dict], names: list[str]) -> Structure:
+    def _cut(self, text: str, messages: list[dict], names: list[str], common: bool) -> Structure:
         """Cut rendered text at placeholders and control tokens; mark the answers: generation blocks, or where there
         are none the content of an assistant's message and what follows through the first control token, or the
         placeholder of its end."""
@@ -181,7 +182,7 @@ class Template:
                 else:
                     turn = turn if tagged else int(part) if int(part) in assistants else None
                     pieces.append(Piece(message=int(part), turn=turn))
-        return Structure(parts, names, pieces)
+        return Structure(parts, names, pieces, common)
 
     def _split_controls(self, text: str) -> Iterator[tuple[str, int | None]]:
         """Template text -> (text, None) and ("", control id)."""
