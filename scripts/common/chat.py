@@ -22,7 +22,7 @@ import numpy as np
 
 from common.faults import UserError
 from common.hub import local_model
-from common.layout import Fixed, Layout, Layouts, Run, boundary_texts, cut_at, mask
+from common.layout import Fixed, Layout, Layouts, boundary_texts, cut_at, mask
 from common.render import Template, today
 from common.spm import SentencePiece, prove_equal, to_fast
 from common.template_file import TemplateFile, facts, read_template_file, to_jinja
@@ -185,8 +185,9 @@ class Chat:
                     ids.append(item.ids)
                     trained.append(item.trained)
                 else:
-                    whole, *before = [ids_of[text] for text in next(due)]
-                    parts = cut_at(before, whole) or self._apart(item)
+                    own = next(due)
+                    whole, *before = [ids_of[text] for text in own]
+                    parts = cut_at(before, whole) or self._apart(*own)
                     ids += parts
                     trained += [mask(learnt, part) for (_, learnt, _), part in zip(item, parts)]
             ends.append(len(ids))
@@ -196,11 +197,10 @@ class Chat:
         learnt[[start for start, end in zip(bounds, bounds[1:]) if end > start]] = False
         return [Encoded(flat[start:end], learnt[start:end]) for start, end in zip(bounds, bounds[1:])]
 
-    def _apart(self, run: Run) -> list[bytes]:
+    def _apart(self, text: str, *before: str) -> list[bytes]:
         """The parts of a run encoded each by itself, where a token would reach over the beginning or end of an answer.
-        """
+        before: what precedes each of them."""
         self.encoded_apart += 1
-        text, *before = boundary_texts(run, self._space_joins)
         cuts = [0, *map(len, before), len(text)]
         return self._encode_texts([text[a:b] for a, b in zip(cuts, cuts[1:])])
 

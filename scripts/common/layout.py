@@ -59,7 +59,7 @@ class Layouts:
     def __init__(self, encode: Callable[[list[str]], list[bytes]], eats_left: set[int], eats_right: set[int],
                  train_on_prompt: bool):
         """encode: texts -> int32 ids of each. eats_left, eats_right: control tokens that swallow white space there."""
-        self._eats_left, self._eats_right, self.train_on_prompt = eats_left, eats_right, train_on_prompt
+        self._eats_left, self._eats_right, self._train_on_prompt = eats_left, eats_right, train_on_prompt
         self._ids = lru_cache(1000)(lambda text: encode([text])[0])
         self._controls = lru_cache(1000)(lambda *controls: self.fixed([*controls]))
 
@@ -86,7 +86,7 @@ class Layouts:
         items: list[Control | list] = []  # cut at answers, trained or not: what is trained must not change the ids
         run: list[tuple[list[str | int], bool, bool]] = []
         for piece in pieces:
-            learnt = self.train_on_prompt or piece.turn in trained
+            learnt = self._train_on_prompt or piece.turn in trained
             if piece.control is not None:
                 items += [run, (piece.control, learnt)] if run else [(piece.control, learnt)]
                 run = []

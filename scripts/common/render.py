@@ -43,7 +43,7 @@ class Structure:
     names: list[str]  # control strings of tool calls and tool lists, which the placeholders s0, s1, ... stand for
     pieces: list[Piece]
     common: bool  # of roles alone, so that many rows share it; tool calls are rarely alike
-    plans: dict[tuple, list] = field(default_factory=dict)  # of Layouts
+    plans: dict[tuple, list] = field(default_factory=dict)  # of Layouts, by trained turns and contents that are empty
 
 
 class Template:
