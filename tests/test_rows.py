@@ -342,6 +342,8 @@ def test_details_of_the_forms(tmp_path):
         {"role": "tool", "content": "1", "name": "f", "tool_call_id": "c1"}, {"role": "assistant", "content": "One"}]})
     assert [m.get("train") for m in marked] == [False, None, True, None, True]
     assert marked[2]["content"] == "" and marked[2]["tool_calls"] and marked[3]["tool_call_id"] == "c1"
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}  # as OpenAI's API allows it
+    assert messages_of(tmp_path, {"messages": [ROW[0], call]})[1] == {**call, "content": "", "train": True}
     prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     context = messages_of(tmp_path, {"prompt": prompt, "response": "c"})
     assert [m.get("train") for m in context] == [None, False, True]

@@ -10,7 +10,7 @@ import pytest
 from conftest import WORDS, sentences, train_spm
 from test_spm import HARD, hard_texts
 
-from common import words
+from common import word_cache, words
 from common.chat import load_chat
 from common.spm import SentencePiece, to_fast
 
@@ -36,10 +36,20 @@ def whole(model: SentencePiece) -> Callable:
     return lambda texts: [np.array(ids, np.int32).tobytes() for ids in model.native.encode(texts, num_threads=1)]
 
 
+@pytest.fixture(params=["one by one", "at once", "at once, in 8 slots"])
+def manner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How words are looked up."""
+    monkeypatch.setattr(words, "FEW", 10**9 if request.param == "one by one" else 0)
+    if "slots" in request.param:  # every word loses its slot to another
+        monkeypatch.setattr(word_cache, "SLOT_BITS", 3)
+        monkeypatch.setattr(word_cache, "MOST_IDS", 1000)
+    return request.param
+
+
 @pytest.mark.parametrize("byte_fallback", [True, False])
 @pytest.mark.parametrize("indented", [True, False])
 def test_ids_are_those_of_the_whole_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte_fallback: bool,
-                                         indented: bool) -> None:
+                                         indented: bool, manner: str) -> None:
     """Pieces of several spaces cut in two, a lost space at the end, ids of another word once words were forgotten."""
     lines = [f"{i % 5 * '  '}{line}".replace(" a ", "    a ") for i, line in enumerate(sentences(1500))]
     monkeypatch.setattr("conftest.sentences", lambda count: lines if indented else sentences(count))
@@ -86,3 +96,22 @@ def test_a_failed_call_leaves_no_word_without_ids(spm_bpe: str) -> None:
     with pytest.raises(TypeError):
         model.encode_bytes(["new words \ud800"])
     assert same(model.encode_bytes, whole(model), ["the red cat", "cat dog", "new words"])
+
+
+def test_words_at_the_borders_of_a_slot(spm_bpe: str, manner: str) -> None:
+    """Words of 7 to 18 bytes that differ in the last one, in a zero byte at the end, or in nothing but their length."""
+    model = SentencePiece(spm_bpe)
+    texts = [stem[:n] + end for stem in ("abcdefghijklmnopqr", "\0" * 18, "ä" * 18) for n in range(5, 19)
+             for end in ("", "x", "y", "\0", "\0\0", " ", "  ")]
+    assert same(model.encode_bytes, whole(model), [*texts, *map(" ".join, zip(texts, reversed(texts)))])
+    for nothing in [], [""], ["", "", ""]:
+        assert model.encode_bytes(nothing) == [b""] * len(nothing)
+
+
+def test_most_words_of_a_block_are_in_the_cache(spm_bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block whose words were met before asks for none of them."""
+    model, texts = SentencePiece(spm_bpe), sentences(1500)
+    assert sum(map(len, texts)) > words.FEW
+    first = model.encode_bytes(texts)
+    monkeypatch.setattr(model._words._cache, "_ids_of", lambda words: pytest.fail(f"asked for {words}"))
+    assert model.encode_bytes(texts) == first == whole(model)(texts)

@@ -22,7 +22,7 @@ import numpy as np
 
 from common.faults import UserError
 from common.hub import local_model
-from common.layout import Fixed, Layout, Layouts, boundary_texts, cut_at, mask
+from common.layout import Fixed, Layout, Layouts, boundary_texts, cut_at
 from common.render import Template, today
 from common.spm import SentencePiece, prove_equal, to_fast
 from common.template_file import TemplateFile, facts, read_template_file, to_jinja
@@ -126,10 +126,11 @@ class Chat:
         return [np.frombuffer(ids, np.int32).tolist() for ids in self._encode_texts(texts)]
 
     def _trained_turns(self, messages: list[dict]) -> frozenset[int]:
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
         if self.assistant_turns == "last":
-            turns = turns[-1:]
-        return frozenset(i for i in turns if messages[i].get("train", True))
+            last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+            trained = [i for i in trained if i == last]
+        return frozenset(trained)
 
     def rendered(self, row: Row) -> tuple[str, list[tuple[int, int]]]:
         """A row as text, without the BOS, and where in it (characters from, to) its trained parts are.
@@ -175,7 +176,8 @@ class Chat:
         runs = [boundary_texts(item, self._space_joins) for layout in layouts for item in layout
                 if type(item) is not Fixed]
         texts = list(dict.fromkeys(chain.from_iterable(runs)))
-        ids_of, due = dict(zip(texts, self._encode_texts(texts))), iter(runs)
+        ids_of = dict(zip(texts, self._encode_texts(texts)))
+        parts = iter([cut_at(ids_of[own[0]], [ids_of[text] for text in own[1:]]) or self._apart(*own) for own in runs])
         ids: list[bytes] = []
         trained: list[bytes] = []
         ends = [0]
@@ -185,11 +187,9 @@ class Chat:
                     ids.append(item.ids)
                     trained.append(item.trained)
                 else:
-                    own = next(due)
-                    whole, *before = [ids_of[text] for text in own]
-                    parts = cut_at(before, whole) or self._apart(*own)
-                    ids += parts
-                    trained += [mask(learnt, part) for (_, learnt, _), part in zip(item, parts)]
+                    for (_, learnt, _), part in zip(item, next(parts)):
+                        ids.append(part)
+                        trained.append((b"\1" if learnt else b"\0") * (len(part) // 4))
             ends.append(len(ids))
         bounds = (np.cumsum([0, *map(len, ids)]) // 4)[ends].tolist()
         flat, learnt = np.frombuffer(b"".join(ids), np.int32), np.frombuffer(bytearray().join(trained), np.bool_)

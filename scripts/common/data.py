@@ -1,6 +1,6 @@
 """Files -> tokenised data sets (memory-mapped, cached by content) -> train, validation and test examples.
 
-A file is read once, in blocks of about a megabyte that all cores tokenise; besides them 33 bytes an example are held.
+A file is read once, in blocks of half a megabyte that all cores tokenise; besides them 33 bytes an example are held.
 
 A data set in the cache is a directory `<file stem>-<first 7 of its key>/`: flat int32 token ids, one byte a token that
 says whether it is trained, offsets, the line each example came from, and a hash of its first prompt. The key covers the
@@ -38,6 +38,7 @@ from common.rows import Counts, Row, RowReader, row_to_json
 from common.settings import dataset_name
 
 FORMAT = 5  # part of the key: raise it when what is stored changes
+OTHER_SPACE = "".join(c for c in map(chr, range(128)) if c.isspace() and c != " ")  # of ASCII
 ARRAYS = {"offsets": 1, "lines": 0, "groups": 0, "trained_counts": 0}  # entries more than examples
 
 
@@ -181,7 +182,8 @@ def _open(place: Path, name: str, path: str) -> Dataset:
 
 @dataclass
 class Part:
-    """The examples of one block of a file, in the order of its rows. distinct: a hash of the ids of each row."""
+    """The examples of one block of a file, in the order of its rows. distinct: a hash of the ids of each row, which is
+    the same in this process and those forked from it."""
 
     input_ids: np.ndarray  # int32 (tokens,)
     trained: np.ndarray  # bool (tokens,)
@@ -190,7 +192,7 @@ class Part:
     lines: array = field(default_factory=lambda: array("q"))
     trained_counts: array = field(default_factory=lambda: array("i"))
     groups: array = field(default_factory=lambda: array("Q"))
-    distinct: array = field(default_factory=lambda: array("Q"))
+    distinct: array = field(default_factory=lambda: array("q"))
     fitted: Counter[str] = field(default_factory=Counter)  # see fit
     apart: int = 0  # answers encoded apart
 
@@ -231,7 +233,7 @@ class Parts:
                 found = fit(row, encoded, self.chat, self.max_seq_length, self.too_long, part.fitted)
                 if found:
                     examples += found
-                    part.distinct.append(_hash(encoded.input_ids.data))
+                    part.distinct.append(hash(encoded.input_ids.tobytes()))
                     part.lines.extend([row.line] * len(found))
                     part.groups.extend([prompt_hash(row.first_prompt())] * len(found))
             if examples:
@@ -283,7 +285,7 @@ def _tokenise(reader: RowReader, chat: Chat, max_seq_length: int, too_long: str,
     lengths, lines, trained_counts, groups, distinct = (
         np.frombuffer(getattr(whole, name), dtype) for name, dtype in (
             ("lengths", np.int32), ("lines", np.int64), ("trained_counts", np.int32), ("groups", np.uint64),
-            ("distinct", np.uint64)))
+            ("distinct", np.int64)))
     np.save(place / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
     np.save(place / "lines.npy", lines)
     np.save(place / "groups.npy", groups)
@@ -308,7 +310,7 @@ def fit(row: Row, encoded: Encoded, chat: Chat, max_seq_length: int, too_long: s
 
     counts: "dropped: <reason>" rows, "rows cut", "rows split", "answers dropped" (too long, of rows that are split).
     """
-    if not encoded.trained.any():
+    if not np.count_nonzero(encoded.trained):  # a third of the time of any()
         counts["dropped: no trained token"] += 1
         return []
     if len(encoded.input_ids) <= max_seq_length:
@@ -404,11 +406,14 @@ def _exchanges(messages: list[dict]) -> list[list[dict]]:
 
 def prompt_hash(prompt: str) -> int:
     """First 64 bits of sha256 of the normalised prompt (NFKC, case folded, runs of white space as one space)."""
-    normal = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    if prompt.isascii() and "  " not in prompt and not any(map(prompt.__contains__, OTHER_SPACE)):  # in half the time
+        normal = prompt.strip(" ").lower()
+    else:
+        normal = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
     return _hash(normal.encode("utf-8", "surrogatepass"))
 
 
-def _hash(content: bytes | memoryview) -> int:
+def _hash(content: bytes) -> int:
     """First 64 bits of sha256."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 

@@ -35,15 +35,16 @@ class Fixed:
 
 @dataclass(slots=True)
 class _Gap:
-    """A run to be: its parts are (texts and indices of messages, trained, part of an answer)."""
+    """A run to be: its parts are (a text, or texts and indices of messages, trained, part of an answer)."""
 
-    parts: list[tuple[list[str | int], bool, bool]]
+    parts: list[tuple[str | list[str | int], bool, bool]]
     strips_left: bool = False  # the control token before it swallows white space
     strips_right: bool = False
 
     def fill(self, contents: list[str]) -> Run:
-        run = [("".join([contents[x] if type(x) is int else x for x in texts]), learnt, answers)
-               for texts, learnt, answers in self.parts]
+        run = [part if type(part[0]) is str else
+               ("".join([contents[x] if type(x) is int else x for x in part[0]]), part[1], part[2])
+               for part in self.parts]
         if self.strips_left:
             run = _without_space(run, 0, str.lstrip)
         return _without_space(run, -1, str.rstrip) if self.strips_right else run
@@ -79,7 +80,8 @@ class Layouts:
         """Runs among the items are of one part each."""
         ids = [np.int32(item[0]).tobytes() if type(item) is tuple else self._ids(item[0][0]) for item in items]
         learnt = [item[1] if type(item) is tuple else item[0][1] for item in items]
-        return Fixed(items, b"".join(ids), b"".join(map(mask, learnt, ids)))
+        trained = b"".join([(b"\1" if x else b"\0") * (len(own) // 4) for x, own in zip(learnt, ids)])
+        return Fixed(items, b"".join(ids), trained)
 
     def _plan(self, pieces: list[Piece], contents: list[str], trained: frozenset[int], shared: bool) -> Plan:
         """shared: worth encoding what is fixed; otherwise its texts are encoded with those of the other rows."""
@@ -97,17 +99,18 @@ class Layouts:
                 run[-1] = [*run[-1][0], text], learnt, answers
             elif text != "":
                 run.append(([text], learnt, answers))
-        return self._joined([*items, run] if run else items, shared)
+        return self._merged([*items, run] if run else items, shared)
 
-    def _joined(self, items: list[Control | list], shared: bool) -> Plan:
+    def _merged(self, items: list[Control | list], shared: bool) -> Plan:
         """Neighbours become one where nothing of a message is in them, nor the boundary of an answer."""
         plan: Plan = []
         same: list[Control | Run] = []
         for before, item, after in zip([None, *items], items, [*items[1:], None]):
             if type(item) is list:
-                gap = _Gap(item, type(before) is tuple and before[0] in self._eats_right,
+                parts = [(_joined(texts), learnt, answers) for texts, learnt, answers in item]
+                gap = _Gap(parts, type(before) is tuple and before[0] in self._eats_right,
                            type(after) is tuple and after[0] in self._eats_left)
-                if not shared or len(item) > 1 or any(type(x) is int for x in item[0][0]):
+                if not shared or len(parts) > 1 or type(parts[0][0]) is list:
                     if same:
                         plan.append(self.fixed(same) if shared else self._controls(*same))
                         same = []
@@ -119,9 +122,9 @@ class Layouts:
         return [*plan, self.fixed(same)] if same else plan
 
 
-def mask(learnt: bool, ids: bytes) -> bytes:
-    """A byte for each of the ids."""
-    return (b"\1" if learnt else b"\0") * (len(ids) // 4)
+def _joined(texts: list[str | int]) -> str | list[str | int]:
+    """One text, if no message is among them."""
+    return texts if any(type(x) is int for x in texts) else "".join(texts)
 
 
 def boundary_texts(run: Run, space_joins: bool) -> list[str]:
@@ -129,6 +132,8 @@ def boundary_texts(run: Run, space_joins: bool) -> list[str]:
 
     [("Assistant: ", False, False), ("Hi", True, True)] -> ["Assistant: Hi", "Assistant:"]   (the space joins "Hi")
     """
+    if len(run) == 1:
+        return [run[0][0]]
     texts, text = [], ""
     for i, (part, _, answers) in enumerate(run):
         if i:
@@ -137,12 +142,15 @@ def boundary_texts(run: Run, space_joins: bool) -> list[str]:
     return [text, *texts]
 
 
-def cut_at(before: list[bytes], ids: bytes) -> list[bytes] | None:
+def cut_at(ids: bytes, before: list[bytes]) -> list[bytes] | None:
     """The ids of the parts of a run, or None if those of what precedes each of them do not begin those of the whole."""
-    if not before:
-        return [ids]
-    cuts = [0, *map(len, before), len(ids)]
-    return [ids[a:b] for a, b in zip(cuts, cuts[1:])] if all(map(ids.startswith, before)) else None
+    parts, start = [], 0
+    for own in before:
+        if not ids.startswith(own):
+            return None
+        parts.append(ids[start:len(own)])
+        start = len(own)
+    return [*parts, ids[start:]]
 
 
 def _without_space(run: Run, end: int, strip: Callable[[str], str]) -> Run:

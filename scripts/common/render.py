@@ -108,8 +108,8 @@ class Template:
                    hold_empty: bool) -> Structure:
         """Render with placeholders and cut. Depends on roles and tool calls, not on contents, so it is remembered."""
         names: list[str] = []
-        if tools is None and all(m.keys() <= PLAIN_KEYS for m in messages):
-            key: object = (generation_prompt, hold_empty, *((m["role"], m["content"] and "text") for m in messages))
+        if tools is None and all(map(PLAIN_KEYS.issuperset, messages)):
+            key: object = (generation_prompt, hold_empty, *[(m["role"], m["content"] and "text") for m in messages])
         else:
             shape = _shape(messages, self.control_pattern, names, hold_empty)
             protected = _protect(tools, self.control_pattern, names)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 
 from common.faults import UserError
@@ -141,6 +142,7 @@ class RowReader(Counts):
         self.edit, self.asked_form, self.mixed = edit, form, mixed
         self.roles = {r: r for r in ROLES} | ROLE_MAP | given
         self.speakers = {name: role[1] for name, role in (role_map or {}).items() if not isinstance(role, str)}
+        self._read = {form: getattr(self, f"_{form}") for form in FORMS if form != "text"}
         self._start()
 
     def _start(self) -> None:
@@ -246,7 +248,7 @@ class RowReader(Counts):
         if form == "text":
             messages, text = None, self._text(record, "text", form)
         else:
-            messages, text = getattr(self, f"_{form}")(record), None
+            messages, text = self._read[form](record), None
         system = record.get("system")
         if system is not None and system != "" and messages is not None:
             self._add_system(messages, self._text(record, "system", form))
@@ -327,7 +329,7 @@ class RowReader(Counts):
         if not isinstance(value, list):
             raise Bad(f'"{self._name(key)}" is {kind_of(value)}. {WAY_OUT[key]}')
         messages = self.messages_of(value, key)
-        if not any(m["role"] == "assistant" for m in messages):
+        if "assistant" not in [m["role"] for m in messages]:
             raise Bad("no assistant message. There is nothing to learn from the row.")
         return messages
 
@@ -338,7 +340,8 @@ class RowReader(Counts):
         """Checked messages as in Row; `key` is named in findings. Raises Bad."""
         if not values:
             raise Bad(f'"{self._name(key)}" is an empty list. Rows need at least one user and one assistant message.')
-        return [self.message(value, f'message {i} of "{self._name(key)}"') for i, value in enumerate(values, 1)]
+        name = self._name(key)
+        return [self.message(value, _place(i, name)) for i, value in enumerate(values, 1)]
 
     def message(self, value: object, place: str) -> dict:
         """One checked message as in Row. Raises Bad."""
@@ -353,20 +356,13 @@ class RowReader(Counts):
             raise Bad(f'{place} has the unknown role {role!r} (known: {", ".join(self.roles)}). Rename it, or map it '
                       "to one of them in role_map.")
         message = {"role": known, "content": self._content(content, content_key, value, place)}
-        train = value.get("train")
-        if train is not None and not isinstance(train, bool):
-            raise Bad(f'"train" of {place} is {kind_of(train)} ({train!r}). It has to be true or false.')
-        if known == "assistant" and value.get("weight") is not None:  # OpenAI's name for it
-            train = _of_weight(value["weight"], train, place)
         if known == "assistant":
-            message["train"] = train is not False
-        elif train:
-            raise Bad(f'"train" of {place} is true, but its role is {known}. Only assistant messages are trained.')
+            message["train"] = True
         if role == "function_call":
             message |= {"content": "", "tool_calls": _calls(message["content"].strip(), place)}
         if role in self.speakers:
             message["speaker"] = self.speakers[role]
-        if len(value) > 2:
+        if len(value) > 2 or content is None:
             self._add_extras(message, value, place)
         return message
 
@@ -390,11 +386,21 @@ class RowReader(Counts):
         return self._content("".join(part["text"] for part in content), key, message, place)
 
     def _add_extras(self, message: dict, value: dict, place: str) -> None:
+        train, assistant = value.get("train"), message["role"] == "assistant"
+        if train is not None and not isinstance(train, bool):
+            raise Bad(f'"train" of {place} is {kind_of(train)} ({train!r}). It has to be true or false.')
+        if assistant and value.get("weight") is not None:  # OpenAI's name for it
+            train = _of_weight(value["weight"], train, place)
+        if assistant:
+            message["train"] = train is not False
+        elif train:
+            raise Bad(f'"train" of {place} is true, but its role is {message["role"]}. Only assistant messages are '
+                      "trained.")
         calls = value.get("tool_calls")
         if not calls and isinstance(value.get("function_call"), dict):  # its older form
             calls = [{"type": "function", "function": value["function_call"]}]
         if calls:
-            if message["role"] != "assistant":
+            if not assistant:
                 raise Bad(f'"tool_calls" in {place}, whose role is {message["role"]}. Only the assistant calls tools.')
             if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
                 raise Bad(f'"tool_calls" of {place} is {kind_of(calls)}. It has to be a list of objects.')
@@ -429,6 +435,11 @@ class RowReader(Counts):
 
     def _name(self, key: str) -> str:
         return self.columns.get(key, key)
+
+
+@lru_cache(1000)
+def _place(number: int, key: str) -> str:
+    return f'message {number} of "{key}"'
 
 
 def join_input(instruction: str, more: str) -> str:

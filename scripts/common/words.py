@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.word_cache import WordCache
+
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerFast
@@ -24,6 +26,7 @@ NORMAL, BPE = 1, 2  # of SentencePiece: kind of a piece, kind of a model
 NORMALISER = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, {
     "type": "Replace", "pattern": {"String": " "}, "content": SPACE}]}
 REMEMBERED = 8 << 20  # characters of words; then all are forgotten
+FEW = 8192  # characters of texts whose words are looked up one by one
 _WORD = re.compile(" ( *[^ ]*)")
 
 
@@ -82,6 +85,7 @@ class Words:
     def __init__(self, encode: Callable[[list[str]], list[bytes]], space: int):
         """encode: texts -> int32 ids of each; space: the id of a lone space."""
         self._encode, self._space = encode, np.int32(space).tobytes()
+        self._cache = WordCache(self._look_up)
         self._forget()
 
     def _forget(self) -> None:
@@ -91,10 +95,18 @@ class Words:
         """The int32 ids of each text, as it gives them for the whole text."""
         if self._size > REMEMBERED:
             self._forget()
+        texts = [text.replace(SPACE, " ") for text in texts]
+        if sum(map(len, texts)) > FEW:
+            return self._cache.encode(texts)
         ids_of = self._known.__getitem__
-        words = [[*map(ids_of, _cut(text.replace(SPACE, " ")))] if text else [] for text in texts]
+        words = [[*map(ids_of, _cut(text))] if text else [] for text in texts]
         self._learn()
         return [*map(b"".join, words)]
+
+    def _look_up(self, words: list[str]) -> list[bytes]:
+        found = [*map(self._known.__getitem__, words)]
+        self._learn()
+        return found
 
     def _learn(self) -> None:
         """Encode the new words."""
