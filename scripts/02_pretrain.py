@@ -181,8 +181,9 @@ def main(argv: list[str]) -> int:
     import torch
     from transformers import LlamaForCausalLM
 
+    from common.allocator import tune_allocator
     from common.chat import load_chat
-    from common.model import quiet_libraries, tune_allocator
+    from common.model import quiet_libraries
 
     tune_allocator()
     quiet_libraries()

@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
 
         return verify_resume(config, stop)
 
-    from common.model import quiet_libraries, tune_allocator, use_cores
+    from common.allocator import tune_allocator
+    from common.model import quiet_libraries, use_cores
     from common.run import start
 
     tune_allocator()

@@ -126,7 +126,8 @@ def main(argv: list[str]) -> int:
                 ", or make it with scripts/prepare_sft_datasets.py." if name == "dataset_paths" else "."))
 
     config.dataset_paths = [local_rows(path, Path("data/cache")) for path in config.dataset_paths]
-    from common.model import quiet_libraries, tune_allocator, use_cores
+    from common.allocator import tune_allocator
+    from common.model import quiet_libraries, use_cores
     from common.team import joined_team
 
     tune_allocator()

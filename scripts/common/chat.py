@@ -191,7 +191,8 @@ class Chat:
                         ids.append(part)
                         trained.append((b"\1" if learnt else b"\0") * (len(part) // 4))
             ends.append(len(ids))
-        bounds = (np.cumsum([0, *map(len, ids)]) // 4)[ends].tolist()
+        sizes = np.fromiter(map(len, ids), np.intp)
+        bounds = (np.append(0, np.cumsum(sizes))[ends] // 4).tolist()
         flat, learnt = np.frombuffer(b"".join(ids), np.int32), np.frombuffer(bytearray().join(trained), np.bool_)
         # nothing comes before the first token of a row, so it cannot be predicted
         learnt[[start for start, end in zip(bounds, bounds[1:]) if end > start]] = False

@@ -14,6 +14,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
+from common.allocator import tune_allocator
+
 Item, Result = TypeVar("Item"), TypeVar("Result")
 AHEAD = 4  # results, for each process, that may wait for their turn
 MOST = 32  # processes; the one that reads and writes keeps no more busy
@@ -97,6 +99,7 @@ def _serve(work: Callable[[Item], Result], pipe: Connection, others: list[Connec
     for other in others:  # else the pipe of a dead parent would stay open in its other children
         other.close()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's threads did not come along
+    tune_allocator()
     try:
         while True:
             item = pipe.recv()

@@ -45,7 +45,7 @@ class WordCache:
         """The int32 ids of the words of each text side by side; an empty text has no word."""
         if len(self._ids) > MOST_IDS:
             self.clear()
-        content, begin, length, first, last = _cut(texts)
+        content, begin, length, last, empty = _cut(texts)
         low, high = _keys(content, begin, length)
         slot = (((low * MIX[0]) ^ (high * MIX[1])) >> np.uint64(64 - SLOT_BITS)).astype(np.intp)
         held = self._slots.take(slot)  # three times as fast as four arrays by index
@@ -66,7 +66,7 @@ class WordCache:
             kept = new[length[new] < LONG]
             self._slots[slot[kept]] = held[kept]
             self._ids = ids[:int((start[kept] + count[kept]).max(initial=len(self._ids)))]
-        count[first[[not text for text in texts]]] = 0
+        count[empty] = 0
         upto = np.cumsum(count)
         flat = ids.take(np.repeat(start - (upto - count), count) + np.arange(upto[-1])).tobytes()
         ends = (4 * upto[last]).tolist()
@@ -74,21 +74,21 @@ class WordCache:
 
 
 def _cut(texts: list[str]) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(content, begin and length of each word in it, number of the first and last word of each text).
+    """(content, begin and length of each word in it, number of the last word of each text, numbers of empty texts).
 
     A word ends at the first space of several; the others belong to the next word: "a  b" -> "a" " b". A space that
-    begins a text belongs to its first word, as if there were one before it. An empty text counts as an empty word.
+    begins a text belongs to its first word, as if there were one before it. An empty text is an empty word here.
     """
     content = " ".join(["", *texts, "\0" * LONG]).encode()  # so that LONG bytes can be read from the begin of each word
-    sizes = map(len, texts if content.isascii() else [text.encode() for text in texts])
-    ends = np.cumsum([0, *sizes]) + np.arange(len(texts) + 1)  # the space before each text, and behind all
+    sizes = np.fromiter(map(len, texts if content.isascii() else [text.encode() for text in texts]), np.intp)
+    ends = np.cumsum(np.append(0, sizes + 1))  # the space before each text, and behind all
     space = np.frombuffer(content, np.uint8)[:ends[-1] + 1] == ord(" ")
     cut = space.copy()
     cut[1:] &= ~space[:-1]
     cut[ends] = True
     cuts = np.flatnonzero(cut)
-    bounds = np.searchsorted(cuts, ends)
-    return content, cuts[:-1] + 1, np.diff(cuts) - 1, bounds[:-1], bounds[1:] - 1
+    last = np.searchsorted(cuts, ends[1:]) - 1
+    return content, cuts[:-1] + 1, np.diff(cuts) - 1, last, last[sizes == 0]
 
 
 def _keys(content: bytes, begin: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

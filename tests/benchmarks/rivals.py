@@ -313,7 +313,8 @@ def _serve() -> None:
     options = parser.parse_args()
     from tempfile import TemporaryDirectory
 
-    from common.model import quiet_libraries, tune_allocator
+    from common.allocator import tune_allocator
+    from common.model import quiet_libraries
 
     if options.tuned:
         tune_allocator()
