@@ -15,7 +15,6 @@ SLOT_BITS = 18  # 262,144 slots of 24 bytes: English text in blocks of 1 MB find
 MOST_IDS = 1 << 20  # then all slots are empty again
 MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # odd, without a pattern: multiply-shift hashing
 SLOT = np.dtype([("low", "<u8"), ("high", "<u8"), ("start", np.int32), ("count", np.int32)])  # start: in the ids
-EMPTY = np.array((0, 2**64 - 1, 0, 0), SLOT)  # no word is as long as its last byte says
 
 
 def _bytes_of(size: np.ndarray) -> np.ndarray:
@@ -26,7 +25,7 @@ def _bytes_of(size: np.ndarray) -> np.ndarray:
 LENGTHS = np.arange(LONG + 1)
 LOW = _bytes_of(np.minimum(LENGTHS, 8))
 HIGH = _bytes_of(np.clip(LENGTHS - 8, 0, 7))
-TAG = LENGTHS.astype(np.uint64) << np.uint64(56)
+TAG = (LENGTHS + 1).astype(np.uint64) << np.uint64(56)
 
 
 class WordCache:
@@ -38,7 +37,7 @@ class WordCache:
         self.clear()
 
     def clear(self) -> None:
-        self._slots = np.full(1 << SLOT_BITS, EMPTY)
+        self._slots = np.zeros(1 << SLOT_BITS, SLOT)  # zeros are no word: see TAG
         self._ids = np.empty(0, np.int32)
 
     def encode(self, texts: list[str]) -> list[bytes]:
