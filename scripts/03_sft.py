@@ -301,6 +301,10 @@ def prove_chat(config: SftConfig, chat: Chat, material: Material) -> list[str]:
     found = chat.prove(rows)
     lines = [f"template: {unseen:,} of the first {len(rows):,} rows bring tools, which {config.prompt_template} does "
              "not show: the model learns calls of what it is not told. Give a template that does"] if unseen else []
+    thoughts = sum(any("reasoning_content" in m for m in row.messages or []) for row in rows)
+    if thoughts and "reasoning_content" not in chat.template:
+        lines.append(f"template: {thoughts:,} of the first {len(rows):,} rows bring reasoning_content, which "
+                     f"{config.prompt_template} does not show: it is not learnt. Give a template that does")
     if chat.native:
         if found["unsafe"]:
             lines.append(f"tokenizer: {found['unsafe']:,} texts cannot be encoded by the converted tokenizer without "

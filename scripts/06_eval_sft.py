@@ -159,7 +159,7 @@ def speaker(main: bool) -> Say:
 
 def evaluate(config: EvalConfig, team: Team, say: Say) -> None:
     """The numbers of a model beside its base's, its answers, and the report."""
-    from common.evaluate import measure_all
+    from common.evaluate import measure_all, with_calls
     from common.subject import find_baseline, load_for
 
     started = time.time()
@@ -169,7 +169,7 @@ def evaluate(config: EvalConfig, team: Team, say: Say) -> None:
         raise UserError(f"{subject.path}: it has no val.jsonl, so there are no rows to measure on. Name files with "
                         "--dataset_paths, or look at some answers with --gen_only.")
     model, chat, stops = opened(config, subject, sets, say)
-    options = options_of(config, team)
+    sets, options = with_calls(sets, chat), options_of(config, team)
     tuned = measure_all(model, chat, sets, options, "tuned", say)
     del model  # its memory is the baseline's
     other = find_baseline(subject, config.baseline_path, config.tokenizer_path, config.prompt_template, say)
@@ -181,7 +181,7 @@ def evaluate(config: EvalConfig, team: Team, say: Say) -> None:
 
 def show_answers(config: EvalConfig, team: Team, say: Say) -> None:
     """Answer some prompts, print them, and write gen_samples.jsonl."""
-    from common.evaluate import answer
+    from common.evaluate import answer, with_calls
     from common.questions import built_in, few_prompts
 
     subject = find(config, say)
@@ -192,7 +192,7 @@ def show_answers(config: EvalConfig, team: Team, say: Say) -> None:
     sets = few_prompts(sets, config.num_gen_samples, config.seed)
     model, chat, _ = opened(config, subject, sets, say)
     lines = []
-    for s in sets:
+    for s in with_calls(sets, chat):
         answers, texts = answer(model, chat, s.cases, options_of(config, team), continued=True)
         for case, one, text in zip(s.cases, answers, texts):
             lines.append({"dataset": s.name, "source": case.source, "prompt": case.prompt, "reference": case.reference,
@@ -207,7 +207,7 @@ def compare_runs(config: EvalConfig, team: Team, say: Say) -> None:
     from common.checkpoint import atomic_json
     from common.compare import check_same_rows, comparison, short_names, side_by_side
     from common.config import to_dict
-    from common.evaluate import measure_all
+    from common.evaluate import measure_all, with_calls
     from common.subject import find_subject
     from common.tables import comparison_table
 
@@ -220,6 +220,7 @@ def compare_runs(config: EvalConfig, team: Team, say: Say) -> None:
         say(f"{name}: {subject.path}")
         model, chat, _ = opened(config, subject, sets, say)
         turns = chat.assistant_turns = turns or chat.assistant_turns  # the same answers are measured of all
+        sets = with_calls(sets, chat)
         measured.append(measure_all(model, chat, sets, options_of(config, team), name, say))
         del model
     if not team.main:

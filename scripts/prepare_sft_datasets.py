@@ -35,6 +35,7 @@ from common.config import nearest, parse, setting
 from common.faults import UserError, run_main
 from common.logs import LOG_FORMS, Filters, LogReader, default_folder, log_files
 from common.oasst import TreeReader
+from common.render import PLAIN_KEYS
 from common.rows import Row, RowReader, row_to_json
 from common.settings import TEMPLATES
 from common.sources import (
@@ -269,12 +270,15 @@ def open_reader(spec: Spec, path: Path, config: Config, changed: Counter[str]) -
         return TreeReader(path, form=spec.form, lang=config.lang, reviewed=spec.reviewed, top_k=spec.top_k,
                           skip_bad_rows=config.skip_bad_rows)
     return RowReader(path, skip_bad_rows=config.skip_bad_rows, columns=spec.columns, role_map=spec.role_map,
-                     form=spec.form, edit=editor(spec, changed))
+                     edited=[rule["column"] for rule in spec.filters], form=spec.form, edit=editor(spec, changed))
 
 
 def editor(spec: Spec, changed: Counter[str]) -> Callable[[dict], str | None] | None:
-    """The data set's filters as a function of a raw row: a reason to drop it, or None; texts to blank are emptied."""
-    rules = [(f["column"], re.compile(f["matches"], re.I | re.S), f["action"], f["reason"]) for f in spec.filters]
+    """The data set's filters as a function of a raw row: a reason to drop it, or None; texts to blank are emptied.
+    A column may be named as in the file or as a row has it."""
+    ours = {theirs: own for own, theirs in spec.columns.items()}
+    rules = [(ours.get(f["column"], f["column"]), re.compile(f["matches"], re.I | re.S), f["action"], f["reason"])
+             for f in spec.filters]
 
     def edit(record: dict) -> str | None:
         for column, pattern, action, reason in rules:
@@ -290,15 +294,19 @@ def editor(spec: Spec, changed: Counter[str]) -> Callable[[dict], str | None] | 
 
 
 def to_output(row: Row, spec: Spec) -> dict:
-    """A row as it is written: prompt and response where the data set's form is of one turn, else messages."""
+    """A row as it is written: prompt and response where the data set's form is of one turn, else messages. Where they
+    are more than two texts, the messages that they are."""
     if spec.form in ("prompt", "instruction", "pairs"):
         roles = [m["role"] for m in row.messages]
-        if roles[-2:] == ["user", "assistant"] and roles[:-2] in ([], ["system"]):
+        texts = all(m.keys() <= PLAIN_KEYS for m in row.messages) and not row.tools
+        if texts and roles[-2:] == ["user", "assistant"] and roles[:-2] in ([], ["system"]):
             system = {"system": row.messages[0]["content"]} if len(roles) == 3 else {}
             out = {"prompt": row.messages[-2]["content"], "response": row.messages[-1]["content"], **system}
             return out | {"source": row.source or spec.name} | ({"id": row.id} if row.id else {})
-        raise UserError(f"{spec.name}: a row of the turns {' '.join(roles)} (line {row.line}) is no prompt and "
-                        'response. Give its description the "form": "messages".')
+        out = row_to_json(row)
+        first = next(i for i, m in enumerate(row.messages) if m.get("train"))
+        messages = out.pop("messages")
+        return {"prompt": messages[:first], "response": messages[first:], **out} | {"source": row.source or spec.name}
     out = row_to_json(row)
     out.setdefault("source", spec.name)
     return out

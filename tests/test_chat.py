@@ -219,7 +219,7 @@ def test_prompt_is_a_prefix_of_the_whole(kind: str, template: str) -> None:
         prompt = chat.prompt_ids(one.messages[:last])
         assert encoded.input_ids[:len(prompt)].tolist() == prompt
         assert not encoded.trained[:1].any()
-    assert chat.prompt_is_prefix
+    assert not chat.notes
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -365,6 +365,10 @@ def test_the_models_own_template(kind: str, tmp_path: Path) -> None:
     chat = load_chat(kind, "model")
     tokenizer = served(chat, tmp_path)
     for one in random_rows(150, 5):
+        if "qwen" not in Path(kind).name and any("tool_calls" in m and not m["content"] for m in one.messages):
+            with pytest.raises(UserError, match="does not show tool calls"):
+                chat.encode_rows([one])
+            continue
         before = chat.encoded_apart
         encoded = chat.encode_rows([one])[0]
         if chat.encoded_apart == before:  # prompt and answer are never one token here
@@ -390,6 +394,71 @@ def test_own_template_golden(llama3_like: str, qwen_like: str) -> None:
     text = qwen.tokenizer.decode(encoded.input_ids[encoded.trained], skip_special_tokens=False)
     assert text == '<tool_call>\n{"name": "a"}\n</tool_call><|im_end|>'
     assert "You are helpful." in qwen.tokenizer.decode(encoded.input_ids)
+
+
+THINKING = """{%- set last = namespace(at=0) %}{%- for m in messages %}{%- if m.role == 'user' %}
+{%- set last.at = loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' and loop.index0 > last.at %}
+{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}{{- m.content + '<|im_end|>\\n' }}
+{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_what_an_answer_is_begun_with_is_trained(qwen_like: str, tmp_path: Path, special: bool) -> None:
+    """Qwen3's template puts a thought, empty or not, between generation prompt and answer: a model that is trained
+    behind it never learns to write it. Earlier answers have none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(qwen_like)
+    if special:
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]},
+                                     replace_extra_special_tokens=False)
+    tokenizer.save_pretrained(tmp_path)
+    chat = with_source(str(tmp_path), tmp_path, THINKING)
+
+    def learnt(*turns: tuple[str, str], **more: str) -> str:
+        one = row(*turns)
+        one.messages[-1] |= more
+        encoded = chat.encode_rows([one])[0]
+        prompt = chat.prompt_ids(one.messages[:-1])
+        assert encoded.input_ids[:len(prompt)].tolist() == prompt and not chat.notes
+        assert chat.said(encoded.input_ids[encoded.trained][:-1]).endswith(turns[-1][1])
+        return chat.tokenizer.decode(encoded.input_ids[encoded.trained], skip_special_tokens=False)
+
+    assert learnt(("user", "a"), ("assistant", "b")) == "<think>\n\n</think>\n\nb<|im_end|>"
+    assert learnt(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")) == \
+        "b<|im_end|><think>\n\n</think>\n\nd<|im_end|>"
+    assert learnt(("user", "a"), ("assistant", "b"), reasoning_content="why?") == \
+        "<think>\nwhy?\n</think>\n\nb<|im_end|>"
+    last = chat.encode_rows([row(("user", "a"), ("assistant", "b"))])[0]
+    assert chat.said(last.input_ids[last.trained]) == "b"
+
+
+def test_a_prompt_that_answers_do_not_have_is_told(qwen_like: str, tmp_path: Path) -> None:
+    """R1's template asks with an open thought, which no answer of a conversation has before it."""
+    asks = "<|im_start|>assistant\\n' }}{%- endif %}"
+    chat = with_source(qwen_like, tmp_path, THINKING.replace(asks, asks.replace("' }}", "<think>\\n\\n\\n' }}")))
+    assert len(chat.notes) == 1 and "it asks for an answer with" in chat.notes[0]
+
+
+def test_what_a_template_leaves_out_is_counted_or_refused(qwen_like: str, tmp_path: Path) -> None:
+    """A template without system turns, and one that knows no calls: of a call alone it would teach an empty answer."""
+    shows = "{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    chat = with_source(qwen_like, tmp_path, "{%- for m in messages %}{%- if m.role in ('user', 'assistant') %}" + shows
+                       + "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+                       "{%- endif %}")
+    one = row(("system", "S"), ("user", "a"), ("assistant", "b"))
+    chat.encode_rows([one, one, row(("system", ""), ("user", "a"), ("assistant", "b"))])
+    assert chat.left_out == {"system texts left out by the template": 2}
+    call = {"function": {"name": "f", "arguments": {}}}
+    one.messages[2]["tool_calls"] = [call]
+    chat.left_out.clear()
+    chat.encode_rows([one])
+    assert chat.left_out == {"system texts left out by the template": 1,
+                             "turns whose tool calls are left out by the template": 1}
+    one.messages[2]["content"] = ""
+    with pytest.raises(UserError, match="it does not show tool calls, and there is an answer of nothing"):
+        chat.encode_rows([one])
 
 
 def test_tools_reach_the_template(qwen_like: str, tmp_path: Path) -> None:

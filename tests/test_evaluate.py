@@ -26,6 +26,7 @@ from common.evaluate import (
     results,
     score,
     trivial_answers,
+    with_calls,
     with_system,
 )
 from common.faults import NotFinite, UserError, run_main
@@ -376,6 +377,20 @@ def test_rows_of_tool_calls_have_bytes_and_intervals_are_finite() -> None:
     table = tables(3, 0, 1.0)
     table["bits_per_byte"][1:, 1] = 0.0  # rows without bytes all the same: a draw of them alone is left out
     json.dumps(compare(table, table), allow_nan=False)
+
+
+def test_the_reference_of_a_call_is_what_the_template_writes(spm_unigram: str) -> None:
+    """Guards against a right call that scores nothing, and an answer without its call that scores everything."""
+    answer = {"role": "assistant", "content": "Wait.", "train": True,
+              "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"a": 1}}}]}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b", "train": True},
+             {"role": "user", "content": "r"}]
+    rows = Row(1, [*turns, answer]), Row(2, turns[:2]), Row(3, None, "t")
+    cases = [make_case(row, "") for row in rows]
+    chat = load_chat(spm_unigram, "chatml")
+    found = with_calls([EvalSet("s", "s.jsonl", cases)], chat)[0].cases
+    assert [case.reference for case in found] == [
+        'Wait.\n<tool_call>\n{"name": "look", "arguments": {"a": 1}}\n</tool_call>', "b", None]
 
 
 def test_a_reader_that_leaves_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

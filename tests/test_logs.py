@@ -154,7 +154,7 @@ def test_planted_secrets_are_gone_counted_and_never_shown(tmp_path, capsys):
     assert "secrets redacted: 1 GitHub token, 2 OpenAI key, 1 private key" in written
     assert "a/conversation.jsonl:3: 1 private key" in written
     assert counted["secrets"]["by_kind"] == {"GitHub token": 1, "OpenAI key": 1, "private key": 1}
-    assert json.loads(calls[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]) == {
+    assert calls[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
         "code": "echo [REDACTED GitHub token]\n[REDACTED private key]"
     }
     kept, manifest = prepared(tmp_path, "gptme", logs, "--no_redact")
@@ -248,13 +248,16 @@ def test_openai_messages(tmp_path):
                 {"role": "assistant", "content": " "},
                 {"role": "user", "content": "So?"},
                 {"role": "assistant", "content": "new"},
-            ]
+            ],
+            "system": "Beside them.",
         },
     ]
     write_lines(tmp_path / "logs" / "x.jsonl", talks)
     rows, manifest = prepared(tmp_path, "openai", tmp_path / "logs")
+    assert rows[1]["messages"][0] == {"role": "system", "content": "Beside them."}
     assert [row["id"] for row in rows] == ["t1", "x.jsonl:2"] and rows[0]["tools"] == [{"type": "function"}]
     assert [m["role"] for m in rows[0]["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+    call["function"]["arguments"] = {"a": 1}
     assert rows[0]["messages"][2] == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert [m.get("train", True) for m in rows[1]["messages"] if m["role"] == "assistant"] == [False, False, True]
     assert manifest["rows_in"] == 5

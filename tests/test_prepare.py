@@ -340,6 +340,43 @@ def test_a_new_data_set_is_a_new_json_file(raw, tmp_path, monkeypatch):
     assert manifest["rows_dropped"] == {"bad kind": 1, "exact duplicate": 1} and len(manifest["sha256_in"]) == 2
 
 
+def test_a_row_of_more_than_two_texts_keeps_all_of_it(raw, tmp_path, monkeypatch):
+    """Guards against calls and tools that are lost on the way to prompt and response, and a filter that finds nothing
+    because its column is not read from parquet, or is named as in the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(prepare, "SPEC_DIR", tmp_path)
+    monkeypatch.setattr(prepare, "spec_names", lambda: ["mine"])
+    (tmp_path / "mine.json").write_text(json.dumps({
+        "raw_dir": str(raw), "raw_patterns": ["mine.parquet"], "form": "prompt", "output": "own.jsonl",
+        "licence": "own", "columns": {"response": "answer"}, "filters": [
+            {"column": "kind", "matches": "bad", "action": "drop", "reason": "bad kind"},
+            {"column": "answer", "matches": "spam", "action": "drop", "reason": "spam"}]}))
+    asked = [{"role": "user", "content": "Hi"}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    answers = [[{"role": "assistant", "content": "Hello"}],
+               [{"role": "assistant", "content": "Wait", "tool_calls": [call]}, {"role": "tool", "content": "1"},
+                {"role": "assistant", "content": "One"}]]
+    pq.write_table(pa.Table.from_pylist([{"prompt": asked, "answer": answer, "kind": kind, "tools": told}
+                                         for answer, kind, told in ((answers[0], "good", None),
+                                                                    (answers[1], "good", tools),
+                                                                    (answers[0], "bad", None))]), raw / "mine.parquet")
+    assert run("--dataset", "mine", "--output_dir", tmp_path / "sft") == 0
+    plain, called = lines(tmp_path / "sft" / "own.jsonl")
+    assert plain == {"prompt": "Hi", "response": "Hello", "source": "mine"}
+    rows = list(RowReader(tmp_path / "sft" / "own.jsonl"))
+    assert rows[1].messages == [*asked, {**answers[1][0], "train": True}, answers[1][1],
+                                {**answers[1][2], "train": True}] and rows[1].tools == tools
+    (raw / "mine.parquet").unlink()
+    jsonl(raw / "mine.parquet.jsonl", [{"prompt": "Hi", "answer": "spam"}, {"prompt": "Hi", "answer": "Hello"}])
+    spec = json.loads((tmp_path / "mine.json").read_text()) | {"raw_patterns": ["mine.parquet.jsonl"]}
+    (tmp_path / "mine.json").write_text(json.dumps(spec))
+    assert run("--dataset", "mine", "--output_dir", tmp_path / "sft") == 0
+    assert lines(tmp_path / "sft" / "own.jsonl") == [{"prompt": "Hi", "response": "Hello", "source": "mine"}]
+
+
 @pytest.mark.parametrize("change, finding", [
     ({"colums": {}}, 'unknown key "colums" (nearest: "columns")'),
     ({"form": "dialog"}, '"form" is "dialog", it has to be one of messages,'),

@@ -205,8 +205,8 @@ def test_weights_of_openai(tmp_path):
 
 def test_older_forms_of_calls(tmp_path):
     """Guards against a call that is lost: OpenAI's function_call, and ShareGPT's turn of that name."""
-    call = {"name": "get", "arguments": "{}"}
-    calls = [{"type": "function", "function": call}]
+    call = {"name": "get", "arguments": '{"at": 1}'}
+    calls = [{"type": "function", "function": {"name": "get", "arguments": {"at": 1}}}]
     wanted = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "train": True,
                                                    "tool_calls": calls},
               {"role": "tool", "content": "21"}, {"role": "assistant", "content": "Hello", "train": True}]
@@ -219,8 +219,84 @@ def test_older_forms_of_calls(tmp_path):
                  {"from": "observation", "value": "21"}, {"from": "gpt", "value": "Hello"}]
         assert messages_of(tmp_path, {"conversations": turns}) == wanted
     turns[1]["value"] = "[1]"
-    with pytest.raises(UserError, match='message 2 of "conversations" is no function call'):
+    with pytest.raises(UserError, match='the tool calls of message 2 of "conversations" are a list'):
         messages_of(tmp_path, {"conversations": turns})
+
+
+def answer_of(tmp_path, **more):
+    return messages_of(tmp_path, {"messages": [ROW[0], {"role": "assistant", **more}]})[1]
+
+
+def test_calls_in_every_form_become_one(tmp_path):
+    """Guards against arguments that are JSON twice over, a call of nulls that is learnt, and one that is lost."""
+    function = {"name": "get", "arguments": {"at": 1}}
+    wanted = {"role": "assistant", "content": "", "train": True,
+              "tool_calls": [{"type": "function", "function": function}]}
+    as_text = {**function, "arguments": ' {"at": 1}\n'}
+    for more in ({"tool_calls": [{"type": "function", "function": as_text}]}, {"tool_calls": [function]},
+                 {"function_call": as_text}, {"function_call": json.dumps(function)},
+                 {"content": "", "tool_calls": json.dumps([function]), "function_call": None},
+                 {"tool_calls": None, "function_call": function}):
+        assert answer_of(tmp_path, **more) == wanted, more
+    for odd in ("1+1", "{broken", '["a list"]'):  # what is no object stays what the model wrote
+        call = {"name": "run", "arguments": odd}
+        assert answer_of(tmp_path, tool_calls=[call])["tool_calls"][0]["function"] == call
+    for nothing in ({}, {"name": None, "arguments": None}, "", " "):
+        assert answer_of(tmp_path, content="Hello", function_call=nothing) == ROW[1]
+    assert answer_of(tmp_path, content="Hello", tool_calls=[{"id": None, "function": None}]) == ROW[1]
+    for wrong in ([{"id": "1"}], [{"function": {"arguments": "{}"}}], "[1]", 5, ["f"]):
+        with pytest.raises(UserError, match="tool call"):
+            answer_of(tmp_path, content="Hello", tool_calls=wrong)
+
+
+def test_what_other_tools_call_it(tmp_path):
+    """ms-swift's "loss", Axolotl's "train_detail", OpenAI's older "functions", ChatGLM's "history", DeepSeek's
+    thoughts."""
+    assert answer_of(tmp_path, content="a", loss=True)["train"] and not messages_of(tmp_path, {"messages": [
+        ROW[0], {"role": "assistant", "content": "a", "loss": False}, *ROW]})[1]["train"]
+    with pytest.raises(UserError, match='"train_detail" of message 2 of "messages" marks parts'):
+        answer_of(tmp_path, content="a", train_detail=[{"begin_offset": 0, "end_offset": 0, "train": False}])
+    function = {"name": "f", "parameters": {}}
+    rows, _ = read(write(tmp_path, json.dumps({"messages": ROW, "functions": [function]}) + "\n"))
+    assert rows[0].tools == [{"type": "function", "function": function}]
+    assert messages_of(tmp_path, {"prompt": "And?", "response": "c", "history": [["a", "b"]]}) == [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False},
+        {"role": "user", "content": "And?"}, {"role": "assistant", "content": "c", "train": True}]
+    assert answer_of(tmp_path, content="4", reasoning_content="2 + 2")["reasoning_content"] == "2 + 2"
+
+
+def test_keys_that_hold_something_and_are_not_read_are_named(tmp_path):
+    """Guards against a context or a system text under another name that is lost unseen."""
+    rows = [{"prompt": "a", "response": "b", "context": "c", "id": 1, "empty": "", "none": None},
+            {"prompt": "a", "response": "b", "context": "d"}]
+    reader = read(write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows)))[1]
+    assert reader.unread == {"context": 2}
+    row = {"messages": [{**ROW[0], "date": "now"}, ROW[1]], "lang": "en"}
+    reader = read(write(tmp_path, json.dumps(row) + "\n"))[1]
+    assert reader.unread == {"date of messages": 1, "lang": 1}
+
+
+def test_parquet_gives_what_json_would(tmp_path):
+    """Arrow's structs have the fields of all rows: null arguments of another row's call must not be learnt."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def record(name, **arguments):
+        return {"messages": [ROW[0], {"role": "assistant", "content": None, "tool_calls": [
+                    {"type": "function", "function": {"name": name, "arguments": arguments}}]}],
+                "tools": [{"type": "function", "function": {"name": name, "parameters": {
+                    "properties": {key: {"type": "string"} for key in arguments}}}}]}
+
+    records = [record("weather", city="Paris"), record("add", a=1, b=2)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")[0] == read(write(tmp_path, "".join(json.dumps(r) + "\n" for r in records)))[0]
+    arguments = pa.array([[("city", "Paris")]], pa.map_(pa.string(), pa.string()))
+    call = pa.StructArray.from_arrays([pa.array(["weather"]), arguments], ["name", "arguments"])
+    message = pa.StructArray.from_arrays([pa.array(["assistant"]), pa.ListArray.from_arrays([0, 1], call)],
+                                         ["role", "tool_calls"])
+    pq.write_table(pa.table({"messages": pa.ListArray.from_arrays([0, 1], message)}), tmp_path / "m.parquet")
+    found = read(tmp_path / "m.parquet")[0][0].messages[0]["tool_calls"]
+    assert found == [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}]
 
 
 def test_history_of_an_instruction(tmp_path):
@@ -416,7 +492,8 @@ def test_empty_answers_are_dropped_and_counted(tmp_path):
 def test_written_rows_read_back_equal(tmp_path):
     """Guards against a validation file that loses training marks, tools or labels."""
     records = [{"messages": [{"role": "system", "content": "s"}, *ROW, {"role": "user", "content": "u"},
-                             {"role": "assistant", "content": "", "train": False, "tool_calls": [{"id": "1"}]}, *ROW],
+                             {"role": "assistant", "content": "", "train": False,
+                              "tool_calls": [{"id": "1", "function": {"name": "f"}}]}, *ROW],
                 "tools": [{"name": "f"}], "source": "s", "id": "1"}, {"messages": ROW}]
     rows, _ = read(write(tmp_path, "".join(json.dumps(r) + "\n" for r in records)))
     again, _ = read(write(tmp_path, "".join(json.dumps(row_to_json(r)) + "\n" for r in rows), "again.jsonl"))

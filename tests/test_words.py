@@ -43,6 +43,7 @@ def manner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if "slots" in request.param:  # every word loses its slot to another
         monkeypatch.setattr(word_cache, "SLOT_BITS", 3)
         monkeypatch.setattr(word_cache, "MOST_IDS", 1000)
+        monkeypatch.setattr(word_cache, "PORTION", 300)
     return request.param
 
 
@@ -99,9 +100,9 @@ def test_a_failed_call_leaves_no_word_without_ids(spm_bpe: str) -> None:
 
 
 def test_words_at_the_borders_of_a_slot(spm_bpe: str, manner: str) -> None:
-    """Words of 7 to 18 bytes that differ in the last one, in a zero byte at the end, or in nothing but their length."""
+    """Words of 5 to 26 bytes that differ in the last one, in a zero byte at the end, or in nothing but their length."""
     model = SentencePiece(spm_bpe)
-    texts = [stem[:n] + end for stem in ("abcdefghijklmnopqr", "\0" * 18, "ä" * 18) for n in range(5, 19)
+    texts = [stem[:n] + end for stem in ("abcdefghijklmnopqrstuvwxyz", "\0" * 26, "ä" * 26) for n in range(5, 27)
              for end in ("", "x", "y", "\0", "\0\0", " ", "  ")]
     assert same(model.encode_bytes, whole(model), [*texts, *map(" ".join, zip(texts, reversed(texts)))])
     for nothing in [], [""], ["", "", ""]:
@@ -109,9 +110,11 @@ def test_words_at_the_borders_of_a_slot(spm_bpe: str, manner: str) -> None:
 
 
 def test_most_words_of_a_block_are_in_the_cache(spm_bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block whose words were met before asks for none of them."""
+    """Of a block whose words were met before next to none is asked for; two of one hash take turns."""
     model, texts = SentencePiece(spm_bpe), sentences(1500)
     assert sum(map(len, texts)) > words.FEW
-    first = model.encode_bytes(texts)
-    monkeypatch.setattr(model._words._cache, "_ids_of", lambda words: pytest.fail(f"asked for {words}"))
+    first, asked = model.encode_bytes(texts), []
+    look_up = model._words._look_up
+    monkeypatch.setattr(model._words._cache, "_ids_of", lambda words: asked.extend(words) or look_up(words))
     assert model.encode_bytes(texts) == first == whole(model)(texts)
+    assert len(asked) < 5

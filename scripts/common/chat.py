@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +24,7 @@ import numpy as np
 from common.faults import UserError
 from common.hub import local_model
 from common.layout import Fixed, Layout, Layouts, boundary_texts, cut_at
-from common.render import Template, today
+from common.render import Structure, Template, today
 from common.spm import SentencePiece, prove_equal, to_fast
 from common.template_file import TemplateFile, facts, read_template_file, to_jinja
 from common.words import Words, of_fast
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 TEMPLATE_DIR = Path(__file__).resolve().parents[2] / "config" / "templates"
 BUILT_IN = ("chatml", "instruct", "chat", "raw")
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
-FORMAT = 2  # part of every cache key: raise it when the ids or masks of any template change
+FORMAT = 3  # part of every cache key: raise it when the ids or masks of any template change
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class Chat:
     adds_bos: bool = False
     notes: list[str] = field(default_factory=list)  # what a template file said that has no effect, and the like
     encoded_apart: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)  # texts of rows that the template does not put in
 
     def __post_init__(self) -> None:
         tokenizer = self.tokenizer
@@ -83,7 +85,10 @@ class Chat:
         # "Assistant: " ends in a space that tokenizers join with the answer's first word. The generation prompt stops
         # before it, and the joined token counts as part of the answer.
         self._space_joins = prompt != before and prompt == before.rstrip(" ")
-        self.prompt_is_prefix = prompt == before or self._space_joins
+        if not (prompt == before or self._space_joins or self._template.lead_in):
+            self.notes.append(f"template {self.template_name}: it asks for an answer with {prompt[-40:]!r}, but in a "
+                              f"conversation an answer comes after {before[-40:]!r}: the model will be asked otherwise "
+                              "than it is trained")
         self.end_id = self._end_of_turn(probe)
         self.stop_ids = list(dict.fromkeys([self.end_id, self.eos_id]))
 
@@ -167,7 +172,22 @@ class Chat:
 
     def _layout(self, messages: list[dict], tools: list | None, trained: frozenset[int],
                 generation_prompt: bool = False) -> Layout:
-        return self._layouts.of(*self._template.follow(messages, tools, generation_prompt), trained)
+        structure, contents = self._template.follow(messages, tools, generation_prompt)
+        if len(structure.shows) < len(messages) or structure.hides_calls:
+            self._count_left_out(messages, structure)
+        return self._layouts.of(structure, contents, trained)
+
+    def _count_left_out(self, messages: list[dict], structure: Structure) -> None:
+        """What of the messages the template does not put in. Raise UserError if nothing of an answer is left: it would
+        teach to end at once."""
+        self.left_out.update([f"{m['role']} texts left out by the template" for i, m in enumerate(messages)
+                              if m["content"] and i not in structure.shows])
+        if structure.hides_calls:
+            if any("tool_calls" in m and not m["content"] for m in messages):
+                raise UserError(f"template {self.template_name}: it does not show tool calls, and there is an answer "
+                                "of nothing else. Take a template that does (chatml), or leave such rows out.")
+            self.left_out["turns whose tool calls are left out by the template"] += sum(
+                "tool_calls" in m for m in messages)
 
     # -- encoding
 
@@ -239,6 +259,10 @@ class Chat:
     def decode(self, ids: Iterable[int]) -> str:
         """Ids -> text without control tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def said(self, ids: Iterable[int]) -> str:
+        """An answer's ids -> its text, without what the template has every answer begin with (an empty thought)."""
+        return self.decode(ids).removeprefix(self._template.control_pattern.sub("", self._template.lead_in))
 
     @cached_property
     def _tokenizer_state(self) -> str:

@@ -84,4 +84,4 @@ def reply(model: nn.Module, chat: Chat, messages: list[dict], options: Options, 
         elif not one.stopped:
             print(f" … (--max_new_tokens {options.max_new_tokens} reached)", end="")
     print(flush=True)
-    return chat.decode(one.ids)
+    return chat.said(one.ids)

@@ -37,7 +37,7 @@ from common.records import Lines, Record
 from common.rows import Counts, Row, RowReader, row_to_json
 from common.settings import dataset_name
 
-FORMAT = 5  # part of the key: raise it when what is stored changes
+FORMAT = 6  # part of the key: raise it when what is stored changes
 OTHER_SPACE = "".join(c for c in map(chr, range(128)) if c.isspace() and c != " ")  # of ASCII
 ARRAYS = {"offsets": 1, "lines": 0, "groups": 0, "trained_counts": 0}  # entries more than examples
 
@@ -222,13 +222,16 @@ class Parts:
         gc.disable()  # rows are many small objects without cycles: a fifth of the time would go into looking for some
         try:
             rows = list(self.reader.rows_of(block))
+            self.chat.left_out.clear()
             try:
                 coded = list(zip(rows, self.chat.encode_rows(rows)))
             except UserError:
                 self.chat.encoded_apart = apart
+                self.chat.left_out.clear()
                 coded = self._good_ones(rows)
             examples: list[Encoded] = []
             part = Part(np.empty(0, np.int32), np.empty(0, np.bool_), self.reader.take())
+            part.rows.notes.update(self.chat.left_out)
             for row, encoded in coded:
                 found = fit(row, encoded, self.chat, self.max_seq_length, self.too_long, part.fitted)
                 if found:
@@ -297,6 +300,7 @@ def _tokenise(reader: RowReader, chat: Chat, max_seq_length: int, too_long: str,
             "trained_tokens": int(trained_counts.sum(dtype=np.int64)), "dropped": dict(dropped),
             "rows_split": counts["rows split"], "rows_cut": counts["rows cut"],
             "answers_dropped": counts["answers dropped"], "encoded_apart": whole.apart, "form": reader.form,
+            "notes": dict(rows.notes), "unread": dict(rows.unread),
             "seconds": round(seconds, 2), "rows_per_second": round(rows.rows_in / seconds)}
 
 

@@ -220,7 +220,7 @@ def answer(model: nn.Module, chat: Chat, cases: list[Case], options: Options, *,
                        progress=options.bar("answers", len(own)))
     found = options.team.together(dict(zip(own, written)))
     answers = [found.get(i) for i in range(len(cases))]
-    texts = [None if one is None else chat.decode(one.ids) for one in answers]
+    texts = [None if one is None else chat.said(one.ids) for one in answers]
     if plain:
         texts = [first_line(t) if t is not None and is_short(c.reference) else t for t, c in zip(texts, cases)]
     return answers, texts
@@ -243,6 +243,20 @@ def with_system(sets: list[EvalSet], system_prompt: str | None) -> list[EvalSet]
             return case
         turn = {"role": "system", "content": system_prompt}
         return replace(case, row=replace(case.row, messages=[turn, *case.row.messages]), context=[turn, *case.context])
+    return [replace(s, cases=[told(case) for case in s.cases]) for s in sets]
+
+
+def with_calls(sets: list[EvalSet], chat: Chat) -> list[EvalSet]:
+    """The same questions, with answers that call tools as the template writes them: content alone is half of such a
+    reference, or nothing."""
+
+    def told(case: Case) -> Case:
+        answer = case.row.messages[len(case.context)] if case.context else {}
+        if not answer.get("tool_calls"):
+            return case
+        turns = [*({**m, "train": False} for m in case.context), {**answer, "train": True}]
+        encoded = chat.encode_rows([replace(case.row, messages=turns)])[0]
+        return replace(case, reference=chat.said(encoded.input_ids[encoded.trained]))
     return [replace(s, cases=[told(case) for case in s.cases]) for s in sets]
 
 

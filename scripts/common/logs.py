@@ -194,19 +194,19 @@ class LogReader:
                 if not isinstance(values, list):
                     finding = kind_of(values) if "messages" in record else f"missing (keys: {', '.join(record)})"
                     raise Bad(f'"messages" is {finding}. A line is {{"messages": [{{role, content}}, …]}}.')
-                tools = record.get("tools")
-                if tools is not None and not isinstance(tools, list):
-                    raise Bad(f'"tools" is {kind_of(tools)}. It has to be a list of tool descriptions.')
                 messages = self._rows.messages_of(values, "messages")
+                told = len(messages)
+                tools = self._rows.complete(messages, record)
                 dates = [_latest(None, part) for part in (record, *values)]
             except Bad as fault:
                 self._bad_at(records, place, fault)
                 continue
             stem, _, line = place.rpartition(":")
             number = record.get("id") if isinstance(record.get("id"), str) and record["id"] else f"{stem}:{line}"
-            places = [f"{place} message {i}" for i in range(1, len(messages) + 1)]
+            places = [f"{place} system"] * (len(messages) - told) + [
+                f"{place} message {i}" for i in range(1, told + 1)]
             when = max((d for d in dates if d is not None), default=None)
-            yield Conversation(number, messages, places, tools or None, when)
+            yield Conversation(number, messages, places, tools, when)
 
     def _chatgpt(self, name: str, records: RecordReader) -> Iterator[Conversation]:
         for place, record in self._records(name, records):

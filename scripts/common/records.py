@@ -371,11 +371,21 @@ class RecordReader:
 def _batch_rows(batch: object) -> list[dict | Bad]:
     """The rows of an Arrow record batch; one with text that is not UTF-8 is a finding of its own."""
     try:
-        return batch.to_pylist()
+        return [{name: _as_json(value) for name, value in row.items()} for row in batch.to_pylist()]
     except UnicodeDecodeError as fault:
         if len(batch) == 1:
             return [Bad(_not_utf8(fault))]
     return [row for i in range(len(batch)) for row in _batch_rows(batch.slice(i, 1))]
+
+
+def _as_json(value: object) -> object:
+    """What JSON would have held: a struct of Arrow has the fields of every row, null where this one has none, and a map
+    comes as a list of pairs."""
+    if type(value) is dict:
+        return {key: _as_json(item) for key, item in value.items() if item is not None}
+    if type(value) is not list:
+        return value
+    return _as_json(dict(value)) if value and type(value[0]) is tuple else [_as_json(item) for item in value]
 
 
 def _checked(record: object, text: str) -> dict | Bad:

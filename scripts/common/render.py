@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 
 from common.faults import UserError
 
@@ -43,6 +44,8 @@ class Structure:
     names: list[str]  # control strings of tool calls and tool lists, which the placeholders s0, s1, ... stand for
     pieces: list[Piece]
     common: bool  # of roles alone, so that many rows share it; tool calls are rarely alike
+    shows: frozenset[int]  # the messages whose content the template puts in
+    hides_calls: bool = False  # it says nothing of tool calls
     plans: dict[tuple, list] = field(default_factory=dict)  # of Layouts, by trained turns and contents that are empty
 
 
@@ -120,25 +123,60 @@ class Template:
                 shape, protected = _shape(messages, self.control_pattern, names, hold_empty), None
             if len(self._structures) >= REMEMBERED:
                 self._structures.clear()
-            text = self._mark_silent_answers(self.render(shape, protected, generation_prompt, True), shape, protected)
+            text = self.render(shape, protected, generation_prompt, True)
+            hides_calls = not self.trusted and self._hides_calls(text, shape, protected, generation_prompt)
+            text = self._mark_silent_answers(text, shape, protected)
             known = self._structures[key] = self._cut(text, messages, names, isinstance(key, tuple))
+            known.hides_calls = hides_calls
         return known
 
+    def _hides_calls(self, text: str, shape: list[dict], tools: list | None, generation_prompt: bool) -> bool:
+        """Whether the text is the same without the calls of tools."""
+        if not any("tool_calls" in m for m in shape):
+            return False
+        try:
+            without = self.render([{k: v for k, v in m.items() if k != "tool_calls"} for m in shape], tools,
+                                  generation_prompt, True)
+        except UserError:  # it asks for a content where there is no call
+            return False
+        return text == without
+
     def _mark_silent_answers(self, text: str, shape: list[dict], tools: list | None) -> str:
-        """Without generation blocks an answer begins at its content. One of tool calls alone begins where its
-        generation prompt ends: put a placeholder there."""
+        """Without generation blocks an answer begins at its content. One of tool calls alone, and those before whose
+        content the template has something to say (an empty thought), begin where their generation prompt ends: put a
+        placeholder there."""
         if f"{OPEN}+{CLOSE}" in text:
             return text
         for i in reversed(range(len(shape))):
-            if "tool_calls" in shape[i]:
+            if shape[i]["role"] != "assistant":
+                continue
+            calls = "tool_calls" in shape[i]
+            if calls:
                 text = self._mark_end(text, shape, tools, i)
-            if "tool_calls" in shape[i] and f"{OPEN}{i}{CLOSE}" not in text:
+            silent = f"{OPEN}{i}{CLOSE}" not in text
+            if not (calls and silent) and not self.lead_in:
+                continue
+            try:
                 before = self.render(shape[:i], tools, True)
-                if not text.startswith(before):
-                    raise UserError(f"template {self.name}: cannot tell where an answer of tool calls begins. Put "
-                                    "{% generation %} and {% endgeneration %} around answers in the template.")
+            except UserError:  # a template may refuse a conversation that ends here
+                if calls and silent:
+                    raise
+                continue
+            if text.startswith(before):
                 text = f"{before}{OPEN}={i}{CLOSE}{text[len(before):]}"
+            elif calls and silent:
+                raise UserError(f"template {self.name}: cannot tell where an answer of tool calls begins. Put "
+                                "{% generation %} and {% endgeneration %} around answers in the template.")
         return text
+
+    @cached_property
+    def lead_in(self) -> str:
+        """What the template writes between generation prompt and answer, as Qwen3's does (an empty thought): the model
+        has to say it, so it is trained."""
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        before, prompt = self.before_answer(probe)
+        said = before[len(prompt):] if before.startswith(prompt) else ""
+        return said if said.strip() else ""
 
     def _mark_end(self, text: str, shape: list[dict], tools: list | None, i: int) -> str:
         """A call may hold control tokens ([TOOL_CALLS]); its answer ends at the last one that the conversation has when
@@ -160,14 +198,16 @@ class Template:
         split = PLACEHOLDER.split(text)
         tagged = "+" in split[1::2]
         ended = {int(part[1:]) for part in split[1::2] if part.startswith(".")}
+        marks = set(split[1::2])
         pieces: list[Piece] = []
         parts, turn, block = [""], None, 0
+        ahead: int | None = None  # the message whose content is still to come in its answer
         for i, part in enumerate(split):
             if i % 2 == 0:
                 parts[-1] += part
                 for plain, control in self._split_controls(part):
                     pieces.append(Piece(text=plain, control=control, turn=turn))
-                    turn = turn if tagged or control is None or turn in ended else None
+                    turn = turn if tagged or control is None or turn in ended or ahead is not None else None
             elif part == "+":
                 inside = (int(p) for p in split[i + 2:split.index("-", i):2] if p.isdigit())
                 turn, block = next(inside, assistants[block] if block < len(assistants) else None), block + 1
@@ -175,14 +215,16 @@ class Template:
                 turn = None
             elif part.startswith("="):
                 turn = int(part[1:])
+                ahead = turn if part[1:] in marks else None
             else:
                 parts += [part, ""]
+                ahead = None if part == str(ahead) else ahead
                 if part.startswith("s"):
                     pieces.append(Piece(text=names[int(part[1:])], turn=turn))
                 else:
                     turn = turn if tagged else int(part) if int(part) in assistants else None
                     pieces.append(Piece(message=int(part), turn=turn))
-        return Structure(parts, names, pieces, common)
+        return Structure(parts, names, pieces, common, frozenset(int(part) for part in marks if part.isdigit()))
 
     def _split_controls(self, text: str) -> Iterator[tuple[str, int | None]]:
         """Template text -> (text, None) and ("", control id)."""

@@ -37,11 +37,16 @@ WAY_OUT = {
     "instruction": "Rows need instruction and output, or prompt and response, or messages.",
     "text": "Rows need text, or prompt and response, or messages.",
 }
-OPTIONAL = ("input", "history", "system", "source", "id", "tools", "completion", "first_prompt")
+ANY_FORM = ("system", "source", "id", "tools", "functions", "first_prompt")
+OPTIONAL = {"prompt": ("completion", "history"), "instruction": ("input", "history")}  # keys of one form
+READ = {form: {*NEEDED[form], *OPTIONAL.get(form, ()), *ANY_FORM} for form in FORMS}
+READ_OF_MESSAGE = {"role", "content", "from", "value", "train", "weight", "loss", "tool_calls", "function_call", "name",
+                   "tool_call_id", "speaker", "reasoning_content"}
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_MAP = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant",
             "bing": "assistant", "bard": "assistant", "developer": "system", "function": "tool", "observation": "tool",
             "function_call": "assistant"}
+NOTHING = (None, "", [], {})  # values that say nothing
 HINTS = {  # keys of rows that need another step first -> that step
     ("mapping",): "This is ChatGPT's export; scripts/prepare_sft_datasets.py --dataset chatgpt reads it.",
     ("chosen",): "To learn the better answer of a preference pair, rename chosen to response, or to messages if it is "
@@ -92,7 +97,8 @@ def row_to_json(row: Row) -> dict:
 class Counts:
     """What became of the rows of a file, or of a part of it: rows_in = rows_kept + n_bad + sum(dropped).
 
-    bad: the first 20 findings "file:line: reason"; dropped: reason -> rows; notes: what was kept but changed -> count.
+    bad: the first 20 findings "file:line: reason"; dropped: reason -> rows; notes: what was kept but changed -> count;
+    unread: keys that hold something and are not read -> count of rows or messages.
     """
 
     rows_in: int = 0
@@ -101,6 +107,7 @@ class Counts:
     bad: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Counts) -> None:
         """Add those of the part that follows."""
@@ -120,7 +127,8 @@ class RowReader(Counts):
 
     columns: our key -> the file's key, e.g. {"input": "context", "output": "response"}.
     role_map: further role names -> role, or (role, what the template calls the speaker).
-    edit: sees every readable object under our keys; may change it, or give a reason to drop it.
+    edit: sees every readable object under our keys; may change it, or give a reason to drop it. edited: further
+    columns of a parquet file that it looks at.
     form: read the rows in this form, even if keys of an earlier one are there. mixed: rows of several forms may meet,
     as in the val.jsonl of a run over several files.
     sha256 of the file, form: known at the end.
@@ -132,14 +140,14 @@ class RowReader(Counts):
 
     def __init__(self, path: str | Path, *, skip_bad_rows: bool = False, role_map: dict[str, str | tuple] | None = None,
                  columns: dict[str, str] | None = None, edit: Callable[[dict], str | None] | None = None,
-                 form: str | None = None, mixed: bool = False):
+                 edited: Iterable[str] = (), form: str | None = None, mixed: bool = False):
         given = {name: role if isinstance(role, str) else role[0] for name, role in (role_map or {}).items()}
         for name, role in given.items():
             if role not in ROLES:
                 raise UserError(f'role map: "{name}" is mapped to "{role}", which is no role. '
                                 f'Roles: {", ".join(ROLES)}.')
         self.path, self.skip_bad_rows, self.columns = Path(path), skip_bad_rows, columns or {}
-        self.edit, self.asked_form, self.mixed = edit, form, mixed
+        self.edit, self.edited, self.asked_form, self.mixed = edit, set(edited), form, mixed
         self.roles = {r: r for r in ROLES} | ROLE_MAP | given
         self.speakers = {name: role[1] for name, role in (role_map or {}).items() if not isinstance(role, str)}
         self._read = {form: getattr(self, f"_{form}") for form in FORMS if form != "text"}
@@ -152,8 +160,8 @@ class RowReader(Counts):
         self._form_line = 0
         self._tabular = False  # CSV: lists arrive as JSON text
         self._columns_checked = False
-        ours = {key for keys in FORMS.values() for key in keys} | set(OPTIONAL)
-        self._records = RecordReader(self.path, columns=ours | set(self.columns.values()))
+        ours = {key for keys in [*FORMS.values(), *READ.values()] for key in keys}
+        self._records = RecordReader(self.path, columns=ours | set(self.columns.values()) | self.edited)
 
     def __iter__(self) -> Iterator[Row]:
         self._start()
@@ -249,10 +257,9 @@ class RowReader(Counts):
             messages, text = None, self._text(record, "text", form)
         else:
             messages, text = self._read[form](record), None
-        system = record.get("system")
-        if system is not None and system != "" and messages is not None:
-            self._add_system(messages, self._text(record, "system", form))
-        tools = self._tools(record.get("tools")) if messages is not None else None
+        tools = self.complete(messages, record, form) if messages is not None else None
+        if not record.keys() <= READ[form]:
+            self.unread.update([key for key in record if key not in READ[form] and record[key] not in NOTHING])
         row = Row(number, messages, text, tools, _label(record, "source"), _label(record, "id"),
                   _label(record, "first_prompt"))
         if self.form is None:
@@ -285,7 +292,8 @@ class RowReader(Counts):
     def _prompt(self, record: dict) -> list[dict]:
         key = "response" if record.get("response") is not None or "completion" not in record else "completion"
         prompt, response = record.get("prompt"), record.get(key)
-        if type(prompt) is str and type(response) is str and "\0" not in prompt and "\0" not in response:
+        if (type(prompt) is str and type(response) is str and "\0" not in prompt and "\0" not in response
+                and "history" not in record):
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response, "train": True}]
         if isinstance(prompt, list):
             before = self.messages_of(prompt, "prompt")
@@ -294,6 +302,7 @@ class RowReader(Counts):
                     message["train"] = False  # context; a trained earlier turn belongs in the messages form
         else:
             before = [{"role": "user", "content": self._text(record, "prompt", "prompt")}]
+        before = [*self._history(record.get("history")), *before]
         if isinstance(response, list):
             after = self.messages_of(response, key)
             if not any(m["role"] == "assistant" for m in after):
@@ -359,7 +368,7 @@ class RowReader(Counts):
         if known == "assistant":
             message["train"] = True
         if role == "function_call":
-            message |= {"content": "", "tool_calls": _calls(message["content"].strip(), place)}
+            message |= {"content": "", "tool_calls": _tool_calls(message["content"], place)}
         if role in self.speakers:
             message["speaker"] = self.speakers[role]
         if len(value) > 2 or content is None:
@@ -387,6 +396,11 @@ class RowReader(Counts):
 
     def _add_extras(self, message: dict, value: dict, place: str) -> None:
         train, assistant = value.get("train"), message["role"] == "assistant"
+        if train is None and isinstance(value.get("loss"), bool):  # ms-swift's name for it
+            train = value["loss"]
+        if value.get("train_detail"):  # Axolotl's
+            raise Bad(f'"train_detail" of {place} marks parts of an answer, which is not read. Mark whole answers with '
+                      '"train".')
         if train is not None and not isinstance(train, bool):
             raise Bad(f'"train" of {place} is {kind_of(train)} ({train!r}). It has to be true or false.')
         if assistant and value.get("weight") is not None:  # OpenAI's name for it
@@ -396,26 +410,29 @@ class RowReader(Counts):
         elif train:
             raise Bad(f'"train" of {place} is true, but its role is {message["role"]}. Only assistant messages are '
                       "trained.")
-        calls = value.get("tool_calls")
-        if not calls and isinstance(value.get("function_call"), dict):  # its older form
-            calls = [{"type": "function", "function": value["function_call"]}]
+        calls = _tool_calls(value.get("tool_calls"), place) or _tool_calls(value.get("function_call"), place)
         if calls:
             if not assistant:
                 raise Bad(f'"tool_calls" in {place}, whose role is {message["role"]}. Only the assistant calls tools.')
-            if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-                raise Bad(f'"tool_calls" of {place} is {kind_of(calls)}. It has to be a list of objects.')
             message["tool_calls"] = calls
-        for key in ("name", "tool_call_id", "speaker"):
+        for key in ("name", "tool_call_id", "speaker", "reasoning_content"):
             if isinstance(value.get(key), str):
                 message[key] = value[key]
+        if not value.keys() <= READ_OF_MESSAGE:
+            self.unread.update([f"{key} of messages" for key in value
+                                if key not in READ_OF_MESSAGE and value[key] not in NOTHING])
 
-    def _add_system(self, messages: list[dict], system: str) -> None:
-        if messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system})
-        elif messages[0]["content"] != system:
-            raise Bad('"system" and the system message differ. Keep one of them.')
-
-    def _tools(self, tools: object) -> list | None:
+    def complete(self, messages: list[dict], record: dict, form: str = "messages") -> list | None:
+        """Add the system text that stands beside the messages, and return the tools; raise Bad."""
+        if record.get("system") not in NOTHING:
+            system = self._text(record, "system", form)
+            if messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": system})
+            elif messages[0]["content"] != system:
+                raise Bad('"system" and the system message differ. Keep one of them.')
+        tools, older = record.get("tools"), record.get("functions")
+        if not tools and isinstance(older, list):  # OpenAI's older form
+            tools = [{"type": "function", "function": function} for function in older]
         if isinstance(tools, str) and tools:  # parquet and CSV cannot hold free objects: the list comes as JSON text
             tools = parse(tools)
         if not tools and (tools is None or isinstance(tools, (str, list))):
@@ -461,13 +478,38 @@ def _of_weight(weight: object, train: bool | None, place: str) -> bool:
     return weight == 1
 
 
-def _calls(text: str, place: str) -> list[dict]:
-    """ShareGPT's {"name": …, "arguments": …}, or a list of them, as tool_calls; raise Bad."""
-    found = parse(text)
-    calls = found if isinstance(found, list) else [found]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise Bad(f'{place} is no function call. It has to be {{"name": …, "arguments": …}} or a list of them.')
-    return [{"type": "function", "function": call} for call in calls]
+def _tool_calls(found: object, place: str) -> list[dict]:
+    """A call or a list of them, each {"type": "function", "function": {"name": …, "arguments": …}} or what is in it, as
+    such a list; raise Bad. Arguments that are the JSON text of an object, as OpenAI's API has them, become the object:
+    templates write them as JSON. None, and calls of which every part is null (OpenAI's function_call where there is
+    none) are no calls."""
+    if isinstance(found, str):
+        found = parse(found.strip()) if found.strip() else None
+    found = [found] if isinstance(found, dict) else found or []
+    if not isinstance(found, list) or not all(isinstance(call, dict) for call in found):
+        raise Bad(f"the tool calls of {place} are {kind_of(found)}. They have to be a list of objects.")
+    return [_call(call, place) for call in found if any(_parts(call))]
+
+
+def _parts(call: dict) -> Iterator[object]:
+    """The values in a call and in its function."""
+    for value in call.values():
+        yield from value.values() if isinstance(value, dict) else (value,)
+
+
+def _call(call: dict, place: str) -> dict:
+    call = call if "function" in call else {"type": "function", "function": call}
+    function = call["function"]
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Bad(f'{place} has a tool call without a name. A call is {{"name": …, "arguments": …}}.')
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
+        try:
+            arguments = parse(arguments.strip())
+        except Bad:  # not JSON: what a model wrote
+            return call
+        return {**call, "function": {**function, "arguments": arguments}}
+    return call
 
 
 def _form_of(record: dict) -> str | None:

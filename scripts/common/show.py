@@ -36,6 +36,9 @@ def describe_data(material: Material) -> list[str]:
                            "the two in one token")):
             if meta[key]:
                 lines.append(f"  {meta[key]:,} {what}")
+        lines += [f"  {n:,} {what}" for what, n in meta["notes"].items()]
+        if meta["unread"]:
+            lines.append("  not read: " + ", ".join(f"{key} ({n:,})" for key, n in meta["unread"].items()))
     lines += [f"note: {note}" for note in material.split.notes]
     if material.val_datasets is not material.datasets:
         lines.append(f"validation: {material.val_count:,} examples of "

@@ -26,7 +26,7 @@ NORMAL, BPE = 1, 2  # of SentencePiece: kind of a piece, kind of a model
 NORMALISER = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, {
     "type": "Replace", "pattern": {"String": " "}, "content": SPACE}]}
 REMEMBERED = 8 << 20  # characters of words; then all are forgotten
-FEW = 8192  # characters of texts whose words are looked up one by one
+FEW = 1 << 15  # characters of texts whose words are looked up one by one
 _WORD = re.compile(" ( *[^ ]*)")
 
 
