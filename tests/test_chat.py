@@ -434,6 +434,24 @@ def test_what_an_answer_is_begun_with_is_trained(qwen_like: str, tmp_path: Path,
     assert chat.said(last.input_ids[last.trained]) == "b"
 
 
+def test_thoughts_in_the_text_are_followed(qwen_like: str, tmp_path: Path) -> None:
+    """Qwen3's template takes <think>…</think> out of a content, and leaves it out of earlier answers."""
+    splits = "{%- set content = m.content.split('</think>')[-1].lstrip('\\n') %}{%- set thought = " \
+        "m.reasoning_content if m.reasoning_content is string else (m.content.split('</think>')[0]" \
+        ".rstrip('\\n').split('<think>')[-1].lstrip('\\n') if '</think>' in m.content else '') %}" \
+        "{{- '<|im_start|>' + m.role"
+    source = THINKING.replace("{{- '<|im_start|>' + m.role", splits, 1).replace(
+        "m.content + '<|im_end|>", "content + '<|im_end|>").replace("(m.reasoning_content or '')", "thought")
+    chat = with_source(qwen_like, tmp_path, source)
+    turns = [("user", "a"), ("assistant", "<think>\nwhy?\n</think>\n\nb")]
+    last = chat.encode_rows([row(*turns), row(*turns, ("user", "c"), ("assistant", "<think>so</think>d"))])
+    shown = [chat.tokenizer.decode(e.input_ids[e.trained], skip_special_tokens=False) for e in last]
+    assert shown == ["<think>\nwhy?\n</think>\n\nb<|im_end|>",
+                     "b<|im_end|><think>\nso\n</think>\n\nd<|im_end|>"]
+    with pytest.raises(UserError, match="it changes the text of a message .'x</think>"):
+        chat.encode_rows([row(("user", "a"), ("assistant", "x</think>y"))])
+
+
 def test_a_prompt_that_answers_do_not_have_is_told(qwen_like: str, tmp_path: Path) -> None:
     """R1's template asks with an open thought, which no answer of a conversation has before it."""
     asks = "<|im_start|>assistant\\n' }}{%- endif %}"

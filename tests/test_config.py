@@ -78,8 +78,11 @@ def test_unknown_names_are_refused_with_the_nearest(write):
     assert "--lora_rank: there is no such flag. Did you mean --lora_r?" in refusal("--lora_rank", "8")
     assert "Did you mean --no_packing?" in refusal("--no-packing")
     assert "Did you mean --learning_rate?" in refusal("--lr", "1")
-    path = write({"learning_rat": 1e-4, "epochs": 3, "_comment": "x"})
+    assert "--bf16: there is no such flag. The launcher sets it: accelerate launch --mixed_precision bf16" in refusal(
+        "--bf16")
+    path = write({"learning_rat": 1e-4, "epochs": 3, "_comment": "x", "use_liger_kernel": True})
     text = refusal("--config_path", path)
+    assert f"{path}: use_liger_kernel: there is no such setting. The loss is computed in chunks anyway" in text
     assert f"{path}: learning_rat: there is no such setting. Did you mean learning_rate?" in text
     assert f"{path}: epochs: there is no such setting. Did you mean num_train_epochs?" in text
     assert f"{path}: _comment:" in text

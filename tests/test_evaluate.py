@@ -369,11 +369,12 @@ def test_rows_of_one_prompt_are_drawn_together() -> None:
 
 
 def test_rows_of_tool_calls_have_bytes_and_intervals_are_finite() -> None:
-    """Guards against a loss that is divided by no bytes: infinite bits, which JSON does not take, after hours."""
+    """Guards against a loss that is divided by no bytes: infinite bits, which JSON does not take, after hours. And
+    against bytes that no model has to predict: ids in the file."""
     call = {"role": "assistant", "content": None, "train": True,
-            "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"a": "ü"}}}]}
+            "tool_calls": [{"id": "call-1", "type": "function", "function": {"name": "look", "arguments": {"a": "ü"}}}]}
     assert response_bytes(Row(1, [{"role": "user", "content": "q"}, call])) == len(json.dumps(
-        call["tool_calls"][0], ensure_ascii=False).encode())
+        call["tool_calls"][0]["function"], ensure_ascii=False).encode())
     table = tables(3, 0, 1.0)
     table["bits_per_byte"][1:, 1] = 0.0  # rows without bytes all the same: a draw of them alone is left out
     json.dumps(compare(table, table), allow_nan=False)

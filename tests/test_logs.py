@@ -344,6 +344,30 @@ def test_the_branch_that_was_open_of_a_chatgpt_export(tmp_path):
     assert manifest["rows_changed"] == {"hidden messages left out": 5, "images and files that the log lacks": 1}
 
 
+def test_attachments_and_interrupted_answers(tmp_path):
+    """Guards against answers to a file that is not in the log, and an end of turn in the middle of a sentence."""
+    attached = {"metadata": {"attachments": [{"name": "report.pdf"}]}}
+    partial = {"status": "finished_partial_completion", "end_turn": None}
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "conversations.json").write_text(json.dumps([
+        export([*TREE[:4], ("p", "old", "user", "What is in it?", attached), ("b", "p", "assistant", "Numbers.")], "b"),
+        export([*TREE[:3], ("q", "u", "assistant", "It is", partial), ("v", "q", "user", "Go on."),
+                ("w", "v", "assistant", "two.")], "w", conversation_id="c2")]))
+    rows, manifest = prepared(tmp_path, "chatgpt", tmp_path / "logs")
+    assert turns_of(rows[0]) == [("user", "Add."), ("assistant", "No.")]
+    assert [m.get("train", True) for m in rows[1]["messages"] if m["role"] == "assistant"] == [False, True]
+    assert manifest["rows_changed"]["images and files that the log lacks"] == 1
+    assert manifest["rows_changed"]["interrupted answers not trained"] == 1
+    write_log(tmp_path / "mine", "a", [("user", "What is in it?"), ("assistant", "A cat.")])
+    path = tmp_path / "mine" / "a" / "conversation.jsonl"
+    first, second = map(json.loads, path.read_text().splitlines())
+    path.write_text("".join(json.dumps(m) + "\n" for m in (
+        first, second, {**first, "files": ["a.png"], "content": "And in this?"}, second)))
+    rows, manifest = prepared(tmp_path, "gptme", tmp_path / "mine")
+    assert len(rows) == 1 and turns_of(rows[0]) == [("user", "What is in it?"), ("assistant", "A cat.")]
+
+
+
 @pytest.mark.parametrize(
     "change, finding",
     [

@@ -250,10 +250,11 @@ def test_calls_in_every_form_become_one(tmp_path):
 
 
 def test_what_other_tools_call_it(tmp_path):
-    """ms-swift's "loss", Axolotl's "train_detail", OpenAI's older "functions", ChatGLM's "history", DeepSeek's
-    thoughts."""
-    assert answer_of(tmp_path, content="a", loss=True)["train"] and not messages_of(tmp_path, {"messages": [
-        ROW[0], {"role": "assistant", "content": "a", "loss": False}, *ROW]})[1]["train"]
+    """ms-swift's "loss", Axolotl's "training" and "train_detail", OpenAI's older "functions", ChatGLM's "history",
+    DeepSeek's thoughts."""
+    for name in ("loss", "training"):
+        assert answer_of(tmp_path, content="a", **{name: True})["train"] and not messages_of(tmp_path, {"messages": [
+            ROW[0], {"role": "assistant", "content": "a", name: False}, *ROW]})[1]["train"]
     with pytest.raises(UserError, match='"train_detail" of message 2 of "messages" marks parts'):
         answer_of(tmp_path, content="a", train_detail=[{"begin_offset": 0, "end_offset": 0, "train": False}])
     function = {"name": "f", "parameters": {}}

@@ -135,6 +135,17 @@ def nearest(name: str, names: typing.Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
+def _advice(name: str, names: typing.Iterable[str], hints: dict[str, str]) -> tuple[str | None, str]:
+    """Which of the names is meant by an unknown one, and what to say. hints: names of other tools -> ours, or what to
+    do there instead (a sentence)."""
+    bare = name.removeprefix("--")
+    hint = hints.get(bare, "")
+    if " " in hint:
+        return None, hint
+    known = name[:len(name) - len(bare)] + hint if hint else nearest(name, names)
+    return known, f"Did you mean {known}?" if known else ""
+
+
 def _needs(s: Setting, many: bool | None = None) -> str:
     """What the setting takes, in words: 'a list of numbers'."""
     one = NAMES_OF_TYPES.get(s.base, "an object")
@@ -290,8 +301,8 @@ def _read_flags(table: dict[str, Setting], argv: list[str], hints: dict, problem
             words.append(argv[i])
             i += 1
         if flag not in flags:
-            known = "--" + hints[flag[2:]] if flag[2:] in hints else nearest(flag, flags)
-            problems.append(f"{flag}: there is no such flag. " + (f"Did you mean {known}?" if known else "See --help."))
+            known, advice = _advice(flag, flags, hints)
+            problems.append(f"{flag}: there is no such flag. {advice or 'See --help.'}")
             refused.update({flags[known].name} if known in flags else ())
             continue
         s = flags[flag]
@@ -314,10 +325,9 @@ def _read_object(cls: type, data: dict, place: str, file: str, hints: dict, prob
     for key, value in data.items():
         s = table.get(key) if isinstance(key, str) else None
         if s is None:
-            known = hints.get(key) or nearest(str(key), table)
-            problems.append(f"{place}{key}: there is no such setting. "
-                            + (f"Did you mean {known}?" if known else "See --help." if len(table) > 9 else
-                               f"There are: {', '.join(table)}."))
+            known, advice = _advice(str(key), table, hints)
+            problems.append(f"{place}{key}: there is no such setting. " + (
+                advice or ("See --help." if len(table) > 9 else f"There are: {', '.join(table)}.")))
             refused.update({known} if known else ())
             continue
         try:
@@ -382,7 +392,7 @@ def parse(cls: type, argv: list[str], description: str, *, config_flag: str | No
         raise SystemExit(0)
     problems: list[str] = []
     refused: set[str] = set()
-    hints = getattr(cls, "other_names", {})  # names of other tools -> ours, for the hint alone
+    hints = getattr(cls, "other_names", {}) | getattr(cls, "elsewhere", {})
     flagged = _read_flags(table, argv, hints, problems, refused)
     path = flagged.get(config_flag) if config_flag else None
     filed = _read_file(cls, path, config_flag, hints, problems, refused) if path else {}

@@ -124,13 +124,14 @@ def few(cases: Iterable[Case], count: int, seed: int) -> list[Case]:
 
 
 def response_bytes(row: Row, assistant_turns: str = "all") -> int:
-    """Utf-8 bytes of what is trained of a row: its assistant turns with their tool calls (as JSON), or all of a plain
-    text."""
+    """Utf-8 bytes of what is trained of a row: its assistant turns with names and arguments of their tool calls (as
+    JSON; not the ids, which no template writes), or all of a plain text."""
     if row.messages is None:
         return len(row.text.encode())
     turns = [m for m in row.messages if m["role"] == "assistant"]
     turns = turns[-1:] if assistant_turns == "last" else turns
-    calls = lambda m: "".join(json.dumps(call, ensure_ascii=False) for call in m.get("tool_calls") or [])
+    calls = lambda m: "".join(json.dumps(call.get("function", call), ensure_ascii=False)
+                                for call in m.get("tool_calls") or [])
     said = lambda m: (m["content"] or "") + calls(m)
     return sum(len(said(m).encode()) for m in turns if m.get("train", True))
 

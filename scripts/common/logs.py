@@ -178,6 +178,8 @@ class LogReader:
                 self._bad_at(records, place, fault)
                 damaged = True
                 continue
+            if record.get("files"):  # gptme reads them when it asks the model
+                self._lost(talk)
             talk.messages.append(message)
             talk.places.append(place)
         if damaged:
@@ -227,6 +229,12 @@ class LogReader:
     def _bad_at(self, records: RecordReader, place: str, fault: Bad) -> None:
         self._finding(f"{records.path}:{place.partition(':')[2]}: {fault}")
 
+    def _lost(self, talk: Conversation) -> None:
+        """Answers from here on rest on what is not there."""
+        self.notes["images and files that the log lacks"] += 1
+        if talk.lost_after is None:
+            talk.lost_after = len(talk.messages)
+
     def _add_node(self, talk: Conversation, node: dict, place: str) -> None:
         """Add a message of the export, if the conversation was built on it; raise Bad."""
         author, content = node.get("author"), node.get("content")
@@ -244,15 +252,15 @@ class LogReader:
         text, whole = _content_text(content)
         if "\0" in text:
             raise Bad("a NUL byte in a message. Remove it; the file may be damaged.")
-        if not whole:
-            self.notes["images and files that the log lacks"] += 1
-            if talk.lost_after is None:
-                talk.lost_after = len(talk.messages)
+        if not whole or more.get("attachments"):
+            self._lost(talk)
         if known != "assistant" and not text.strip() and whole:
             return  # the export begins with an empty system turn
         message: dict = {"role": known, "content": text}
         if known == "assistant":
-            message["train"] = True
+            message["train"] = node.get("status") != "finished_partial_completion"
+            if not message["train"]:
+                self.notes["interrupted answers not trained"] += 1
             recipient = node.get("recipient")
             if isinstance(recipient, str) and recipient != "all":
                 call = {"type": "function", "function": {"name": recipient, "arguments": text}}

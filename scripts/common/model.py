@@ -236,6 +236,13 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) ->
     linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
                      if isinstance(module, (nn.Linear, Conv1D)) and module is not model.get_output_embeddings()})
     tied = len({id(module.weight) for module in names.values()}) < len(names)
+    modules = [name for name, _ in model.named_modules()]
+    for flag, asked in (("lora_target_modules", [] if isinstance(targets, str) else targets),
+                        ("modules_to_save", config.modules_to_save or [])):
+        unknown = [name for name in asked if not any(f".{module}".endswith(f".{name}") for module in modules)]
+        if unknown:  # PEFT says so only where none of them is there
+            raise UserError(f"--{flag} {' '.join(unknown)}: there is no such module in a {model.config.model_type} "
+                            f"model. It has {', '.join([*linear, *names])}.")
     whole = set(names) if tied and saved & set(names) else saved  # tied: what trains one whole trains the other
     rows = {name: token_ids for name in names if name not in whole} if token_ids else None
     for name in rows or ():

@@ -20,6 +20,7 @@ from common.faults import UserError
 
 OPEN, CLOSE = "\ue000", "\ue001"  # private-use characters around a placeholder
 PLACEHOLDER = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}")
+THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.S)
 REMEMBERED = 10_000  # structures; rows with tool calls are rarely alike and must not be kept for ever
 _today: datetime | None = None  # what templates are told, instead of the time (`set_today`)
 PLAIN_KEYS = frozenset(("role", "content", "train"))
@@ -97,7 +98,12 @@ class Template:
             found = _follow(structure, truth, contents)
             if found is not None:
                 return structure, found
-        raise UserError(f"template {self.name}: it changes the text of a message ({contents[0]!r:.60} …) in a way that "
+        apart = [_thought_apart(m) for m in messages]
+        if apart != messages and self.render([{k: v for k, v in m.items() if k != "train"} for m in apart], tools,
+                                             generation_prompt) == truth:
+            return self.follow(apart, tools, generation_prompt)
+        changed = next((text for text in contents if text.strip() not in truth), contents[0])
+        raise UserError(f"template {self.name}: it changes the text of a message ({changed!r:.60} …) in a way that "
                         "cannot be followed token by token. Use a template that inserts contents as they are.")
 
     def before_answer(self, messages: list[dict]) -> tuple[str, str]:
@@ -252,6 +258,12 @@ def _shape(messages: list[dict], controls: re.Pattern, names: list[str], hold_em
         held = content is not None and (hold_empty or content)
         shape.append({"role": m["role"], "content": f"{OPEN}{i}{CLOSE}" if held else content, **extras})
     return shape
+
+
+def _thought_apart(message: dict) -> dict:
+    """<think>…</think> before an answer as the key of its own that templates have for it, as Qwen3's itself does."""
+    found = THOUGHT.fullmatch(message["content"] or "") if message["role"] == "assistant" else None
+    return message if found is None else {**message, "reasoning_content": found[1], "content": found[2]}
 
 
 def _protect(value: object, controls: re.Pattern, names: list[str]) -> object:

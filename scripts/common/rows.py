@@ -40,8 +40,8 @@ WAY_OUT = {
 ANY_FORM = ("system", "source", "id", "tools", "functions", "first_prompt")
 OPTIONAL = {"prompt": ("completion", "history"), "instruction": ("input", "history")}  # keys of one form
 READ = {form: {*NEEDED[form], *OPTIONAL.get(form, ()), *ANY_FORM} for form in FORMS}
-READ_OF_MESSAGE = {"role", "content", "from", "value", "train", "weight", "loss", "tool_calls", "function_call", "name",
-                   "tool_call_id", "speaker", "reasoning_content"}
+READ_OF_MESSAGE = {"role", "content", "from", "value", "train", "training", "loss", "weight", "tool_calls",
+                   "function_call", "name", "tool_call_id", "speaker", "reasoning_content"}
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_MAP = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant",
             "bing": "assistant", "bard": "assistant", "developer": "system", "function": "tool", "observation": "tool",
@@ -396,8 +396,8 @@ class RowReader(Counts):
 
     def _add_extras(self, message: dict, value: dict, place: str) -> None:
         train, assistant = value.get("train"), message["role"] == "assistant"
-        if train is None and isinstance(value.get("loss"), bool):  # ms-swift's name for it
-            train = value["loss"]
+        if train is None:  # as Axolotl and ms-swift call it
+            train = next((value[name] for name in ("training", "loss") if isinstance(value.get(name), bool)), None)
         if value.get("train_detail"):  # Axolotl's
             raise Bad(f'"train_detail" of {place} marks parts of an answer, which is not read. Mark whole answers with '
                       '"train".')

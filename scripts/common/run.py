@@ -43,7 +43,7 @@ from common.model import (
 )
 from common.probe import choose_attention
 from common.ranks import Watch, on_main, start_processes
-from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes
+from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes, write_status
 from common.settings import SftConfig
 from common.sharded import (
     check_head,
@@ -340,6 +340,7 @@ def save_state(run: Run, chat: Chat) -> None:
 
     if run.main:
         save_checkpoint(run.directory, run.state, write, keep=run.config.save_total_limit)
+        write_status(run.directory, status="running", step=run.state.step)
     elif sharded:
         write_shards(run.loss_model, run.optimizer, None)
     run.accelerator.wait_for_everyone()

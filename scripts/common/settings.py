@@ -59,7 +59,17 @@ class SftConfig:
         "lora_target_linear": "lora_target_modules", "flash_attention": "attn_implementation",
         "sdp_attention": "attn_implementation", "chat_template_path": "prompt_template", "neat_packing": "packing",
         "fraction": "dataset_weights", "train_on_eos": "assistant_turns",
-        "train_on_inputs": "train_on_prompt", "no_use_lora": "no_lora", "interleave_probs": "dataset_weights"}
+        "train_on_inputs": "train_on_prompt", "no_use_lora": "no_lora", "interleave_probs": "dataset_weights",
+        "padding_free": "packing",
+        "load_best_model_at_end": "early_stopping_patience", "gradient_clipping": "max_grad_norm",
+        "run_name": "report_to"}
+    elsewhere: ClassVar[dict[str, str]] = {  # names that belong to another program -> what to say instead
+        name: f"The launcher sets it: accelerate launch {words} scripts/03_sft.py …" for name, words in (
+            ("bf16", "--mixed_precision bf16"), ("fp16", "--mixed_precision fp16"), ("deepspeed", "--use_deepspeed"),
+            ("mixed_precision", "--mixed_precision bf16"), ("torch_dtype", "--mixed_precision bf16"),
+            ("dtype", "--mixed_precision bf16"), ("fsdp", "--use_fsdp"))} | {
+        name: "The loss is computed in chunks anyway; leave it out." for name in (
+            "use_liger_kernel", "use_liger", "enable_liger_kernel", "cut_cross_entropy")}
 
     config_path: str | None = setting(
         None, "JSON or YAML file with any of these settings, or a run.json; paths in it are relative to it.",
