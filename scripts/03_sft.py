@@ -91,7 +91,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     run.say(*chat.notes, *show.describe_data(material), show.describe_plan(material),
             show.describe_memory(run, base, chat, material))
     run.say(*show.show_example(material, chat))
-    run.say(*prove_chat(config, chat, material))
+    run.say(*prove_chat(config, chat, material, base))
     if config.export_rendered:
         run.say(*on_main(run.watch, lambda: export(run, material, chat)))
     if config.dry_run:
@@ -285,10 +285,11 @@ def check_length(config: SftConfig, base: object) -> None:
                         f"Set --max_seq_length {context} or less.")
 
 
-def prove_chat(config: SftConfig, chat: Chat, material: Material) -> list[str]:
+def prove_chat(config: SftConfig, chat: Chat, material: Material, base: object) -> list[str]:
     """Prove tokenizer and template on the first rows of each file; a line for what was found."""
     from itertools import islice
 
+    from common.prove import differs_as_served, prove, texts_of
     from common.rows import RowReader
 
     rows = []
@@ -298,13 +299,19 @@ def prove_chat(config: SftConfig, chat: Chat, material: Material) -> list[str]:
         rows += islice((row for row in reader if row.line in used), 200)
     unseen = sum(bool(row.tools) for row in rows) if "tools" not in chat.template else 0
     apart = chat.encoded_apart
-    found = chat.prove(rows)
+    found = prove(chat, rows)
     lines = [f"template: {unseen:,} of the first {len(rows):,} rows bring tools, which {config.prompt_template} does "
              "not show: the model learns calls of what it is not told. Give a template that does"] if unseen else []
     thoughts = sum(any("reasoning_content" in m for m in row.messages or []) for row in rows)
     if thoughts and "reasoning_content" not in chat.template:
         lines.append(f"template: {thoughts:,} of the first {len(rows):,} rows bring reasoning_content, which "
                      f"{config.prompt_template} does not show: it is not learnt. Give a template that does")
+    texts = texts_of(rows)[:200]
+    served, differ = differs_as_served(chat, base, texts)
+    if differ:
+        lines.append(f"tokenizer: transformers' AutoTokenizer makes {served} of it, because the model is a "
+                     f"{base.model_type}: other ids for {differ:,} of {len(texts):,} texts. Load the finished model's "
+                     "with PreTrainedTokenizerFast.from_pretrained")
     if chat.native:
         if found["unsafe"]:
             lines.append(f"tokenizer: {found['unsafe']:,} texts cannot be encoded by the converted tokenizer without "

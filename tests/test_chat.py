@@ -12,6 +12,7 @@ from conftest import train_spm
 from common import layout
 from common.chat import Chat, load_chat, load_saved_chat, load_tokenizer
 from common.faults import UserError
+from common.prove import differs_as_served, prove
 from common.rows import Row
 
 TEMPLATES = ("chatml", "instruct", "chat", "raw")
@@ -723,7 +724,7 @@ def test_a_tokenizer_that_cannot_keep_text_apart_is_an_error(tmp_path: Path, byt
     with pytest.raises(UserError, match="</s>"):
         bad.prompt_ids(one.messages[:1])
     chat.tokenizer = bad.tokenizer
-    assert chat.prove([one])["unsafe"] == 1
+    assert prove(chat, [one])["unsafe"] == 1
 
 
 # -- proofs and fingerprints
@@ -731,14 +732,14 @@ def test_a_tokenizer_that_cannot_keep_text_apart_is_an_error(tmp_path: Path, byt
 def test_prove_counts_what_differs(spm_unigram: str, spm_lossy: str, byte_level: str) -> None:
     """The proof at start looks at the user's rows; it must be able to see a difference."""
     rows = random_rows(30, 9)
-    found = load_chat(spm_unigram, "chatml").prove(rows)
+    found = prove(load_chat(spm_unigram, "chatml"), rows)
     assert found["template_rows"] == 30 and found["template_differs"] == found["changed"] == 0
-    assert load_chat(spm_lossy, "chatml").prove(rows)["changed"] > 0
+    assert prove(load_chat(spm_lossy, "chatml"), rows)["changed"] > 0
     chat = load_chat(byte_level, "chatml")
     chat.template = chat.template.replace("<|im_end|>\\n", "<|im_end|>")  # planted: the saved template is another
-    assert chat.prove(rows)["template_differs"] == 30
+    assert prove(chat, rows)["template_differs"] == 30
     hostile = row(("user", "<|im_end|>"), ("assistant", "b"))
-    assert chat.prove([hostile])["template_rows"] == 0
+    assert prove(chat, [hostile])["template_rows"] == 0
 
 
 def test_fingerprint_covers_ids_and_masks_and_nothing_else(byte_level: str, spm_bpe: str) -> None:
@@ -754,3 +755,14 @@ def test_fingerprint_covers_ids_and_masks_and_nothing_else(byte_level: str, spm_
         seen.append(load_chat(byte_level, **{"template": "chatml", **options}).fingerprint())
     seen.append(load_chat(spm_bpe, "chatml").fingerprint())
     assert len(set(seen)) == len(seen)
+
+
+def test_a_model_type_that_takes_another_tokenizer_is_found(spm_bpe: str) -> None:
+    """transformers builds a qwen2's pre-tokenizer itself: who loads the finished model would encode other ids."""
+    from transformers import LlamaConfig, Qwen2Config
+
+    chat, texts = load_chat(spm_bpe, "chatml"), ["the red cat", "a  dog", "12 3"]
+    assert differs_as_served(chat, LlamaConfig(), texts)[1] == 0
+    name, differ = differs_as_served(chat, Qwen2Config(), texts)
+    assert name.startswith("Qwen2Tokenizer") and differ > 0
+    assert differs_as_served(chat, Qwen2Config(), [])[1] == 0

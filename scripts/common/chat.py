@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from common.faults import UserError
 from common.hub import local_model
 from common.layout import Fixed, Layout, Layouts, boundary_texts, cut_at
 from common.render import Structure, Template, today
-from common.spm import SentencePiece, prove_equal, to_fast
+from common.spm import SentencePiece, to_fast
 from common.template_file import TemplateFile, facts, read_template_file, to_jinja
 from common.words import Words, of_fast
 
@@ -101,6 +102,11 @@ class Chat:
             raise UserError(f"template {self.template_name}: what is trained of an answer does not end in a control "
                             "token, so a model could never learn to stop. End it with eos_token or a chat token.")
         return answer[-1].control
+
+    @property
+    def control_pattern(self) -> re.Pattern:
+        """Matches the strings of the control tokens."""
+        return self._template.control_pattern
 
     @cached_property
     def role_map(self) -> dict[str, tuple[str, str]]:
@@ -262,7 +268,7 @@ class Chat:
 
     def said(self, ids: Iterable[int]) -> str:
         """An answer's ids -> its text, without what the template has every answer begin with (an empty thought)."""
-        return self.decode(ids).removeprefix(self._template.control_pattern.sub("", self._template.lead_in))
+        return self.decode(ids).removeprefix(self.control_pattern.sub("", self._template.lead_in))
 
     @cached_property
     def _tokenizer_state(self) -> str:
@@ -285,32 +291,6 @@ class Chat:
         """Write the tokenizer and its chat template, in the form `transformers` loads."""
         self.tokenizer.chat_template = self.template
         self.tokenizer.save_pretrained(str(directory))
-
-    def prove(self, rows: list[Row]) -> dict[str, int]:
-        """Check on real rows that SentencePiece and the converted tokenizer agree, and that the saved template gives
-        the ids used here. Rows with control strings in their text are left out of the second. Raises UserError.
-
-        Returns counts: texts, changed (do not come back from decoding as they were), template_rows, template_differs;
-        with SentencePiece also ties and unsafe, see prove_equal.
-        """
-        texts = [m["content"] for row in rows for m in row.messages or [] if m["content"]]
-        texts += [row.text for row in rows if row.messages is None]
-        if self.native:
-            found = prove_equal(self.native, self.tokenizer, texts)
-        else:
-            back = map(self.tokenizer.decode, self.encode_texts(texts))
-            found = {"texts": len(texts), "changed": sum(a != b for a, b in zip(texts, back))}
-        found["template_rows"] = found["template_differs"] = 0
-        self.tokenizer.chat_template = self.template
-        hostile = self._template.control_pattern
-        for row, encoded in zip(rows, self.encode_rows(rows)):
-            if row.messages is None or hostile.search(json.dumps([row.messages, row.tools], ensure_ascii=False)):
-                continue
-            plain = [{k: v for k, v in m.items() if k != "train" and v is not None} for m in row.messages]
-            served = self.tokenizer.apply_chat_template(plain, tools=row.tools, tokenize=True)["input_ids"]
-            found["template_rows"] += 1
-            found["template_differs"] += list(served) != encoded.input_ids.tolist()
-        return found
 
 
 def _around(text: str, token: str) -> str:

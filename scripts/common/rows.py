@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 
+from common.calls import tool_calls
 from common.faults import UserError
 from common.records import SHOWN, Bad, Lines, Record, RecordReader, bad_rows, kind_of, parse
 
@@ -368,7 +369,7 @@ class RowReader(Counts):
         if known == "assistant":
             message["train"] = True
         if role == "function_call":
-            message |= {"content": "", "tool_calls": _tool_calls(message["content"], place)}
+            message |= {"content": "", "tool_calls": tool_calls(message["content"], place)}
         if role in self.speakers:
             message["speaker"] = self.speakers[role]
         if len(value) > 2 or content is None:
@@ -410,7 +411,7 @@ class RowReader(Counts):
         elif train:
             raise Bad(f'"train" of {place} is true, but its role is {message["role"]}. Only assistant messages are '
                       "trained.")
-        calls = _tool_calls(value.get("tool_calls"), place) or _tool_calls(value.get("function_call"), place)
+        calls = tool_calls(value.get("tool_calls"), place) or tool_calls(value.get("function_call"), place)
         if calls:
             if not assistant:
                 raise Bad(f'"tool_calls" in {place}, whose role is {message["role"]}. Only the assistant calls tools.')
@@ -476,40 +477,6 @@ def _of_weight(weight: object, train: bool | None, place: str) -> bool:
         finding = "0 or 1" if weight not in (0, 1) else 'as "train" says, or away'
         raise Bad(f'"weight" of {place} is {weight!r}. It has to be {finding}.')
     return weight == 1
-
-
-def _tool_calls(found: object, place: str) -> list[dict]:
-    """A call or a list of them, each {"type": "function", "function": {"name": …, "arguments": …}} or what is in it, as
-    such a list; raise Bad. Arguments that are the JSON text of an object, as OpenAI's API has them, become the object:
-    templates write them as JSON. None, and calls of which every part is null (OpenAI's function_call where there is
-    none) are no calls."""
-    if isinstance(found, str):
-        found = parse(found.strip()) if found.strip() else None
-    found = [found] if isinstance(found, dict) else found or []
-    if not isinstance(found, list) or not all(isinstance(call, dict) for call in found):
-        raise Bad(f"the tool calls of {place} are {kind_of(found)}. They have to be a list of objects.")
-    return [_call(call, place) for call in found if any(_parts(call))]
-
-
-def _parts(call: dict) -> Iterator[object]:
-    """The values in a call and in its function."""
-    for value in call.values():
-        yield from value.values() if isinstance(value, dict) else (value,)
-
-
-def _call(call: dict, place: str) -> dict:
-    call = call if "function" in call else {"type": "function", "function": call}
-    function = call["function"]
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise Bad(f'{place} has a tool call without a name. A call is {{"name": …, "arguments": …}}.')
-    arguments = function.get("arguments")
-    if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
-        try:
-            arguments = parse(arguments.strip())
-        except Bad:  # not JSON: what a model wrote
-            return call
-        return {**call, "function": {**function, "arguments": arguments}}
-    return call
 
 
 def _form_of(record: dict) -> str | None:
