@@ -100,9 +100,11 @@ def test_experts_know_no_dropout(train, tmp_path):
 
 
 def test_targets_that_are_not_there_name_what_there_is(train, tmp_path):
-    """Bug: Llama's names for a model that has others end in a traceback, or in an adapter on nothing."""
-    ran = train("gpt2", tmp_path / "run", "--lora_target_modules", "q_proj")
-    assert ran.status == 2 and "This model has c_attn, c_fc, c_proj." in ran.err
+    """Bug: Llama's names for a model that has others end in a traceback, in an adapter on nothing, or on the rest."""
+    for flags, name in ((["--lora_target_modules", "c_attn", "q_proj"], "q_proj"), (["--modules_to_save", "no"], "no")):
+        ran = train("gpt2", tmp_path / "run", *flags)
+        assert ran.status == 2 and f"{name}: there is no such module in a gpt2 model. It has c_attn, c_fc, c_proj" in \
+            ran.err
 
 
 def test_capped_scores_and_sinks_are_never_left_out():

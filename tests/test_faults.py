@@ -907,10 +907,10 @@ def test_explain_step_of_another_plan_is_refused(bench, stopped):
 def test_a_template_that_serves_other_ids_is_refused(bench, tmp_path):
     """A saved template that gives prompts the model has never seen."""
     def patch() -> None:
-        from common.chat import Chat
+        from common import prove
 
-        real = Chat.prove
-        Chat.prove = lambda self, rows: {**real(self, rows), "template_differs": 1}
+        real = prove.prove
+        prove.prove = lambda chat, rows: {**real(chat, rows), "template_differs": 1}
 
     said = ended(bench.run(tmp_path / "run", patch=patch), 2)
     assert "other ids than training for 1 of" in said and not (tmp_path / "run").exists()

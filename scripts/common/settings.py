@@ -136,7 +136,8 @@ class SftConfig:
                                            within="[1, inf)")
     per_device_eval_batch_size: int = setting(8, "Rows of a forward pass in evaluation.", unit="rows",
                                               within="[1, inf)", resume="free")
-    eval_steps: int = setting(100, "Evaluate every so many steps, and at the end.", unit="steps", within="[1, inf)")
+    eval_steps: int = setting(100, "Evaluate every so many steps, and at the end. After a better loss a checkpoint is "
+                              "saved.", unit="steps", within="[1, inf)")
     early_stopping_patience: int | None = setting(
         None, "Stop after this many evaluations without a better loss. Against overfitting: training ends where "
         "validation does.", unit="evaluations", within="[1, inf)")
