@@ -43,7 +43,9 @@ def manner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if "slots" in request.param:  # every word loses its slot to another
         monkeypatch.setattr(word_cache, "SLOT_BITS", 3)
         monkeypatch.setattr(word_cache, "MOST_IDS", 1000)
-        monkeypatch.setattr(word_cache, "PORTION", 300)
+        monkeypatch.setattr(words, "PORTION", 300)
+    if request.param == "at once":
+        monkeypatch.setattr(word_cache, "MOST_LONG", 1.0)
     return request.param
 
 

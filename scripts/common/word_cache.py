@@ -1,25 +1,25 @@
 """The ids of all words of many texts at once.
 
-    texts -> _cut: words -> _keys: each word as 24 bytes, and its slot -> those that the slot does not hold are asked
+    texts -> _cut: words -> _keys: each word as 16 bytes, and its slot -> those that the slot does not hold are asked
     for -> the ids of all of them, joined
 
 A block of rows has a hundred thousand words: a few passes of numpy over all of them compare them with a direct-mapped
-cache. One look-up of a Python dictionary after the other takes twice as long (made-up Latin words; with Python code, of
-which a fifth are long words, it is as fast).
+cache. One look-up of a Python dictionary after the other takes twice as long where words are short, and less time where
+many of them are long (program code; eight Cyrillic letters are 16 bytes).
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
-WIDTH = 3  # machine words of a key: with two, eight Cyrillic letters are a long word
+WIDTH = 2  # machine words of a key: three take a fifth more time for every word
 LONG = 8 * WIDTH  # bytes; a word of as many and more is in no slot
-PORTION = 1 << 18  # characters at a time: a word takes 150 bytes meanwhile, and is asked for at each place it is new in
-SLOT_BITS = 18  # 262,144 slots of 32 bytes
+MOST_LONG = 0.15  # share of long words; with more, a dictionary is as fast (code) or faster (Cyrillic, by a third)
+SLOT_BITS = 18  # 262,144 slots of 24 bytes
 MOST_IDS = 1 << 20  # then all slots are empty again
 SLOT = np.dtype([("key", "<u8", WIDTH), ("start", np.int32), ("count", np.int32)])  # start: in the ids
-MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)  # odd: multiply-shift hashing
+MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], np.uint64)  # odd: multiply-shift hashing
 # by length: which bytes of a key are the word's, and its last byte, the length + 1, so that zeros are no word
 _LENGTHS = np.arange(LONG + 1)[:, None]
 _OWN = np.where(np.arange(LONG) < np.minimum(_LENGTHS, LONG - 1), 255, 0).astype(np.uint8).view("<u8").T.copy()
@@ -38,14 +38,13 @@ class WordCache:
         self._slots = np.zeros(1 << SLOT_BITS, SLOT)
         self._ids = np.empty(0, np.int32)
 
-    def encode(self, texts: list[str]) -> list[bytes]:
-        """The int32 ids of the words of each text side by side; an empty text has no word."""
-        return [ids for portion in _portions(texts) for ids in self._encode(portion)]
-
-    def _encode(self, texts: list[str]) -> list[bytes]:
+    def encode(self, texts: list[str]) -> list[bytes] | None:
+        """The int32 ids of the words of each text side by side; an empty text has no word. None: too many are long."""
         if len(self._ids) > MOST_IDS:
             self._clear()
         content, begin, length, last, empty = _cut(texts)
+        if np.count_nonzero(length >= LONG) > MOST_LONG * len(length):
+            return None
         key, slot = _keys(content, begin, length)
         held = self._slots.take(slot)
         differs = np.logical_or.reduce([held["key"][:, i] != part for i, part in enumerate(key)])
@@ -78,16 +77,6 @@ class WordCache:
         count = np.array([len(own) // 4 for own in found], np.int32)
         which = [numbers[word] for word in words]
         return np.frombuffer(b"".join(found), np.int32), (np.cumsum(count) - count)[which], count[which]
-
-
-def _portions(texts: list[str]) -> Iterator[list[str]]:
-    begin = size = 0
-    for i, text in enumerate(texts):
-        if size and size + len(text) > PORTION:
-            yield texts[begin:i]
-            begin, size = i, 0
-        size += len(text)
-    yield texts[begin:]
 
 
 def _cut(texts: list[str]) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

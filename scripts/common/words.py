@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +27,7 @@ NORMALISER = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend":
     "type": "Replace", "pattern": {"String": " "}, "content": SPACE}]}
 REMEMBERED = 8 << 20  # characters of words; then all are forgotten
 FEW = 1 << 15  # characters of texts whose words are looked up one by one
+PORTION = 1 << 18  # characters at a time: a word takes 150 bytes meanwhile, and is asked for at each place it is new in
 _WORD = re.compile(" ( *[^ ]*)")
 
 
@@ -68,6 +69,16 @@ def _cut(text: str) -> list[str]:
     return _WORD.findall(" " + text) if "  " in text or text[0] == " " else text.split(" ")
 
 
+def _portions(texts: list[str]) -> Iterator[list[str]]:
+    begin = size = 0
+    for i, text in enumerate(texts):
+        if size and size + len(text) > PORTION:
+            yield texts[begin:i]
+            begin, size = i, 0
+        size += len(text)
+    yield texts[begin:]
+
+
 class _Known(dict):
     """Word -> its ids. new: words that were asked for and are not there yet -> what is to hold their ids."""
 
@@ -95,9 +106,13 @@ class Words:
         """The int32 ids of each text, as it gives them for the whole text."""
         if self._size > REMEMBERED:
             self._forget()
-        texts = [text.replace(SPACE, " ") for text in texts]
-        if sum(map(len, texts)) > FEW:
-            return self._cache.encode(texts)
+        found: list[bytes] = []
+        for portion in _portions([text.replace(SPACE, " ") for text in texts]):
+            at_once = self._cache.encode(portion) if sum(map(len, portion)) > FEW else None
+            found += self._one_by_one(portion) if at_once is None else at_once
+        return found
+
+    def _one_by_one(self, texts: list[str]) -> list[bytes]:
         ids_of = self._known.__getitem__
         words = [[*map(ids_of, _cut(text))] if text else [] for text in texts]
         self._learn()
