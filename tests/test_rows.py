@@ -221,6 +221,10 @@ def test_older_forms_of_calls(tmp_path):
     turns[1]["value"] = "[1]"
     with pytest.raises(UserError, match='the tool calls of message 2 of "conversations" are a list'):
         messages_of(tmp_path, {"conversations": turns})
+    for nothing in ("", " ", "[]", "null", "{}"):
+        turns[1]["value"] = nothing
+        with pytest.raises(UserError, match='message 2 of "conversations" is no function call'):
+            messages_of(tmp_path, {"conversations": turns})
 
 
 def answer_of(tmp_path, **more):
@@ -254,7 +258,7 @@ def test_what_other_tools_call_it(tmp_path):
     DeepSeek's thoughts."""
     for name in ("loss", "training"):
         assert answer_of(tmp_path, content="a", **{name: True})["train"] and not messages_of(tmp_path, {"messages": [
-            ROW[0], {"role": "assistant", "content": "a", name: False}, *ROW]})[1]["train"]
+            {**ROW[0], name: True}, {"role": "assistant", "content": "a", name: False}, *ROW]})[1]["train"]
     with pytest.raises(UserError, match='"train_detail" of message 2 of "messages" marks parts'):
         answer_of(tmp_path, content="a", train_detail=[{"begin_offset": 0, "end_offset": 0, "train": False}])
     function = {"name": "f", "parameters": {}}

@@ -370,6 +370,8 @@ class RowReader(Counts):
             message["train"] = True
         if role == "function_call":
             message |= {"content": "", "tool_calls": tool_calls(message["content"], place)}
+            if not message["tool_calls"]:
+                raise Bad(f'{place} is no function call. It has to be {{"name": …, "arguments": …}} or a list of them.')
         if role in self.speakers:
             message["speaker"] = self.speakers[role]
         if len(value) > 2 or content is None:
@@ -397,7 +399,7 @@ class RowReader(Counts):
 
     def _add_extras(self, message: dict, value: dict, place: str) -> None:
         train, assistant = value.get("train"), message["role"] == "assistant"
-        if train is None:  # as Axolotl and ms-swift call it
+        if train is None and assistant:  # as Axolotl and ms-swift call it
             train = next((value[name] for name in ("training", "loss") if isinstance(value.get(name), bool)), None)
         if value.get("train_detail"):  # Axolotl's
             raise Bad(f'"train_detail" of {place} marks parts of an answer, which is not read. Mark whole answers with '
