@@ -241,9 +241,10 @@ class Parts:
                     part.groups.extend([prompt_hash(row.first_prompt())] * len(found))
             if examples:
                 part.lengths.extend(len(example.input_ids) for example in examples)
-                part.trained_counts.extend(int(np.count_nonzero(example.trained)) for example in examples)
                 part.input_ids = np.concatenate([example.input_ids for example in examples])
                 part.trained = np.concatenate([example.trained for example in examples])
+                starts = np.cumsum(part.lengths) - part.lengths
+                part.trained_counts.frombytes(np.add.reduceat(part.trained, starts, dtype=np.int32).tobytes())
             part.apart = self.chat.encoded_apart - apart
             return part
         finally:

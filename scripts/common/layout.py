@@ -66,7 +66,7 @@ class Layouts:
 
     def of(self, structure: Structure, contents: list[str], trained: frozenset[int]) -> Layout:
         """Put the contents in. trained: the turns whose answers are."""
-        key = trained, *map(bool, contents)
+        key = trained if all(contents) else (trained, *map(bool, contents))
         plan = structure.plans.get(key)
         if plan is None:
             shared = structure.common and len(structure.plans) < MOST_PLANS

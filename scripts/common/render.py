@@ -47,7 +47,7 @@ class Structure:
     common: bool  # of roles alone, so that many rows share it; tool calls are rarely alike
     shows: frozenset[int]  # the messages whose content the template puts in
     hides_calls: bool = False  # it says nothing of tool calls
-    plans: dict[tuple, list] = field(default_factory=dict)  # of Layouts, by trained turns and contents that are empty
+    plans: dict[object, list] = field(default_factory=dict)  # of Layouts, by trained turns and contents that are empty
 
 
 class Template:

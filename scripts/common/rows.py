@@ -258,14 +258,18 @@ class RowReader(Counts):
             messages, text = None, self._text(record, "text", form)
         else:
             messages, text = self._read[form](record), None
-        tools = self.complete(messages, record, form) if messages is not None else None
-        if not record.keys() <= READ[form]:
-            self.unread.update([key for key in record if key not in READ[form] and record[key] not in NOTHING])
-        row = Row(number, messages, text, tools, _label(record, "source"), _label(record, "id"),
-                  _label(record, "first_prompt"))
+        row = Row(number, messages, text)
+        if len(record) > len(NEEDED[form]):  # most have nothing else
+            self._add_optional(row, record, form)
         if self.form is None:
             self.form, self._form_line = form, number
         return row if self._useful(row) else None
+
+    def _add_optional(self, row: Row, record: dict, form: str) -> None:
+        if row.messages is not None:
+            row.tools = self.complete(row.messages, record, form)
+        row.source, row.id, row.prompt = (_label(record, key) for key in ("source", "id", "first_prompt"))
+        self.unread.update([key for key in record if key not in READ[form] and record[key] not in NOTHING])
 
     def _useful(self, row: Row) -> bool:
         if row.messages is None:
