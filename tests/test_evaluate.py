@@ -31,7 +31,7 @@ from common.evaluate import (
 )
 from common.faults import NotFinite, UserError, run_main
 from common.generate import Generated, generate
-from common.questions import EvalSet
+from common.questions import EvalSet, built_in
 from common.rows import Row
 from common.scores import (
     METRICS,
@@ -392,6 +392,7 @@ def test_the_reference_of_a_call_is_what_the_template_writes(spm_unigram: str) -
     found = with_calls([EvalSet("s", "s.jsonl", cases)], chat)[0].cases
     assert [case.reference for case in found] == [
         'Wait.\n<tool_call>\n{"name": "look", "arguments": {"a": 1}}\n</tool_call>', "b", None]
+    assert with_calls([built_in()], chat) == [built_in()]  # these have no answer
 
 
 def test_a_reader_that_leaves_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

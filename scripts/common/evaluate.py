@@ -252,7 +252,9 @@ def with_calls(sets: list[EvalSet], chat: Chat) -> list[EvalSet]:
     reference, or nothing."""
 
     def told(case: Case) -> Case:
-        answer = case.row.messages[len(case.context)] if case.context else {}
+        if case.reference is None:
+            return case
+        answer = case.row.messages[len(case.context)]
         if not answer.get("tool_calls"):
             return case
         turns = [*({**m, "train": False} for m in case.context), {**answer, "train": True}]
