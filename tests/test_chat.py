@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import train_spm
 
-from common import layout
+from common import layout, render
 from common.chat import Chat, load_chat, load_saved_chat, load_tokenizer
 from common.faults import UserError
 from common.prove import differs_as_served, prove
@@ -449,6 +449,8 @@ def test_thoughts_in_the_text_are_followed(qwen_like: str, tmp_path: Path) -> No
     shown = [chat.tokenizer.decode(e.input_ids[e.trained], skip_special_tokens=False) for e in last]
     assert shown == ["<think>\nwhy?\n</think>\n\nb<|im_end|>",
                      "b<|im_end|><think>\nso\n</think>\n\nd<|im_end|>"]
+    open_thought = {"role": "assistant", "content": "<think>" + "\n" * 1_000_000}  # a pattern would take for ever
+    assert render._thought_apart(open_thought) == open_thought
     with pytest.raises(UserError, match="it changes the text of a message .'x</think>"):
         chat.encode_rows([row(("user", "a"), ("assistant", "x</think>y"))])
 

@@ -415,12 +415,7 @@ def prompt_hash(prompt: str) -> int:
         normal = prompt.strip(" ").lower()
     else:
         normal = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-    return _hash(normal.encode("utf-8", "surrogatepass"))
-
-
-def _hash(content: bytes) -> int:
-    """First 64 bits of sha256."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(normal.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 @dataclass

@@ -20,7 +20,6 @@ from common.faults import UserError
 
 OPEN, CLOSE = "\ue000", "\ue001"  # private-use characters around a placeholder
 PLACEHOLDER = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}")
-THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.S)
 REMEMBERED = 10_000  # structures; rows with tool calls are rarely alike and must not be kept for ever
 _today: datetime | None = None  # what templates are told, instead of the time (`set_today`)
 PLAIN_KEYS = frozenset(("role", "content", "train"))
@@ -262,8 +261,11 @@ def _shape(messages: list[dict], controls: re.Pattern, names: list[str], hold_em
 
 def _thought_apart(message: dict) -> dict:
     """<think>…</think> before an answer as the key of its own that templates have for it, as Qwen3's itself does."""
-    found = THOUGHT.fullmatch(message["content"] or "") if message["role"] == "assistant" else None
-    return message if found is None else {**message, "reasoning_content": found[1], "content": found[2]}
+    thought, end, answer = (message["content"] or "").lstrip().partition("</think>")
+    if message["role"] != "assistant" or not end or not thought.startswith("<think>"):
+        return message
+    thought = thought.removeprefix("<think>").strip("\n")
+    return {**message, "reasoning_content": thought, "content": answer.lstrip("\n")}
 
 
 def _protect(value: object, controls: re.Pattern, names: list[str]) -> object:
