@@ -23,6 +23,7 @@ from common.model import (
     find_model,
     load_model,
     merge_and_save,
+    round_frozen,
     save_adapter,
     save_full,
     saved_dtype,
@@ -107,6 +108,21 @@ def test_lora_trains_the_new_rows_and_no_other_and_merges_exactly(tmp_path: Path
         a, b = getattr(merged, side)().weight, getattr(start, side)().weight
         assert (a[ids] != b[ids]).all(1).any() and torch.equal(a[:ids[0]], b[:ids[0]])
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_only_frozen_matrices_below_adapters_are_rounded(tmp_path: Path, dora: bool) -> None:
+    """Guards against embeddings, norms, a tied head or a trained weight in bf16."""
+    config = SftConfig(model_path="x", dataset_paths=["x"], use_dora=dora,
+                       lora_target_modules=["q_proj", "down_proj", "lm_head"])
+    model = add_lora(load_model(make_llama(tmp_path / "model", 40)), config, [])
+    found = round_frozen(model, torch.bfloat16)
+    rounded = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    below = {name for name, _ in model.named_parameters() if name.endswith(("q_proj.base_layer.weight",
+                                                                            "down_proj.base_layer.weight"))}
+    assert rounded == (set() if dora else below) and len(below) == 4
+    assert found == sum(p.numel() for name, p in model.named_parameters() if name in rounded)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name in rounded)
 
 
 def test_a_merged_model_stops_where_the_run_stops(tmp_path: Path, chat: object) -> None:

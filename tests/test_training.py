@@ -34,14 +34,14 @@ def rows(shared: Path) -> str:
 @pytest.fixture(scope="module")
 def train(shared: Path, tiny_model: str, spm_unigram: str, rows: str) -> Callable[..., Ran]:
     """Run 03 with flags over a short set; True stands for a bare flag, None leaves one out."""
-    def run(output_dir: Path, **flags: object) -> Ran:
+    def run(output_dir: Path, precision: str = "no", **flags: object) -> Ran:
         usual = {"model_path": tiny_model, "tokenizer_path": spm_unigram, "dataset_paths": rows,
                  "cache_dir": shared / "training" / "cache", "output_dir": output_dir, **SHORT}
         words = []
         for name, value in {**usual, **flags}.items():
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [] if value is None else [f"--{name}", *map(str, values)]
-        return run_script("03_sft", *words)
+        return run_script("03_sft", *words, mixed_precision=precision)
     return run
 
 
@@ -321,6 +321,27 @@ def test_modules_to_save(train, tmp_path, tied):
     before = sha256(tmp_path / "run" / "adapter_model.safetensors")
     train(tmp_path / "run", **flags, merge_adapters=True, resume_from_checkpoint=tmp_path / "run" / "checkpoint-3").ok()
     assert sha256(tmp_path / "run" / "adapter_model.safetensors") == before
+
+
+@pytest.mark.parametrize("flags", [
+    {"merge_adapters": True, "do_gen_test": True, "max_new_tokens": 5},
+    {"gradient_checkpointing": True, "lora_target_modules": ["q_proj", "lm_head"], "prompt_template": "instruct"}],
+    ids=["merged", "checkpointing and head"])
+def test_frozen_matrices_in_bf16_change_nothing(train, tmp_path, monkeypatch, flags):
+    """Guards against numbers that differ from those of autocast on fp32 matrices, by one bit, and against answers and a
+    merge with what was rounded: the base's weights are no numbers of bf16."""
+    lines, said = {}, {}
+    for how in ("rounded", "fp32"):
+        if how == "fp32":
+            monkeypatch.setattr("common.run.round_frozen", lambda *_: 0)
+        said[how] = train(tmp_path / how, precision="bf16", **flags, learning_rate=1e-3).ok().out
+        lines[how] = metrics(tmp_path / how)
+    assert "frozen ones held in bf16" in said["rounded"] and "held in bf16" not in said["fp32"]
+    assert lines["rounded"] == lines["fp32"]
+    kept = {how: {str(f.relative_to(tmp_path / how)): sha256(f) for name in ("*.safetensors", "samples.jsonl")
+                  for f in (tmp_path / how).rglob(name)} for how in lines}
+    assert kept["rounded"] == kept["fp32"]
+    assert ("samples.jsonl" in kept["fp32"]) == ("merged/model.safetensors" in kept["fp32"]) == ("do_gen_test" in flags)
 
 
 def test_gradient_checkpointing_and_micro_batch_change_nothing(train, tmp_path):

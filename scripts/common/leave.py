@@ -18,6 +18,7 @@ from common.checkpoint import atomic_json, atomic_write, verify
 from common.data import held_out_rows
 from common.faults import UserError
 from common.hub import hub_card, push
+from common.loss import LossModel
 from common.material import Material
 from common.model import load_model, merge_and_save, sample_prompts, saved_dtype
 from common.rows import RowReader
@@ -108,6 +109,10 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
     write_model(run, chat, run.directory, dtype)
     what = "adapter" if config.use_lora else f"model ({str(dtype)[6:]})"
     run.say(f"{what}, tokenizer and chat template: {run.directory}")
+    if run.rounded and (config.do_gen_test or config.merge_adapters):  # on the base as it is on the disk
+        run.loss_model, run.wrapped, run.optimizer = None, None, None
+        run.accelerator.free_memory()
+        run.loss_model = LossModel(load_model(str(run.directory)).to(run.accelerator.device), "sdpa")
     if config.do_gen_test:
         show_answers(run, chat)
     merged = None

@@ -1,6 +1,7 @@
 """How much memory a run needs, before a weight is loaded: a formula over the model's shape, the settings and the plan.
 
-    weights       4 bytes a parameter (trained ones must be fp32); a base in 4 bits 0.55 a weight of its matrices
+    weights       4 bytes a parameter (trained ones must be fp32); of the matrices below adapters 2 in bf16, .55 in 4
+                  bits
     gradients     4 bytes a trained parameter; twice that with several unsharded processes (their buckets)
     optimizer     AdamW 8 bytes a trained parameter, Adafactor and SGD next to nothing
     activations   what a layer keeps for its backward pass, KEPT bytes for each token of a micro-batch, the last layer
@@ -114,7 +115,7 @@ def largest_load(plan: Plan, rows: int, on_cpu: bool) -> Load:
 
 
 def needed(shape: Shape, load: Load, *, lora_r: int | None, bf16: bool, checkpointing: bool = False,
-           in_4bit: bool = False, optim: str = "adamw", processes: int = 1, sharded: bool = False,
+           in_4bit: bool = False, dora: bool = False, optim: str = "adamw", processes: int = 1, sharded: bool = False,
            on_cpu: bool = True) -> dict[str, int]:
     """Bytes on one process, by what they are for. lora_r: None for full fine-tuning. load: of a micro-batch."""
     lora = lora_r is not None
@@ -122,15 +123,17 @@ def needed(shape: Shape, load: Load, *, lora_r: int | None, bf16: bool, checkpoi
     adapters = shape.layers * sum(lora_r * (a + b) for a, b in shape.matrices.values()) if lora else 0
     trained = adapters if lora else shape.parameters
     share = processes if sharded else 1
-    weights = (4 * (shape.parameters - matrices) + int((0.55 if in_4bit else 4) * matrices) + 4 * adapters) // share
+    rounded = lora and bf16 and not (sharded or dora)  # as round_frozen does
+    per_weight = 0.55 if in_4bit else 2 if rounded else 4
+    weights = (4 * (shape.parameters - matrices) + int(per_weight * matrices) + 4 * adapters) // share
     gradients = 4 * trained * (2 if processes > 1 and not sharded else 1) // share
     states = (8 * trained if optim == "adamw" else 0) // share
     slack = SLACK[lora] if on_cpu else 1
     a, b, c = KEPT[lora, bf16]
     kept = a * shape.hidden + b * shape.inner + c * (lora_r or 0)
     shares = 4 * shape.heads * load.pairs
-    # autocast's copies of the matrices live until the backward pass; FSDP and 4 bits make each layer's anew
-    copies = 2 * matrices if bf16 and not sharded and not in_4bit else 0
+    # autocast's copies of the matrices live until the backward pass; FSDP makes each layer's anew
+    copies = 2 * matrices if bf16 and not (sharded or rounded or in_4bit) else 0
     once = KEPT_ONCE * shape.hidden * load.tokens
     if checkpointing:
         activations = slack * ((shape.layers * 4 * shape.hidden + kept) * load.tokens + once) + shares
@@ -142,8 +145,8 @@ def needed(shape: Shape, load: Load, *, lora_r: int | None, bf16: bool, checkpoi
     size = 2 if bf16 else 4
     chunk = max(64, (CHUNK_BYTES if on_cpu else CUDA_CHUNK_BYTES) // (size * shape.vocabulary))
     logits = min(load.trained, chunk) * shape.vocabulary
-    rounded = 2 if bf16 else 0  # of the matrix, and of its gradient
-    head = shape.vocabulary * shape.hidden * (rounded + (0 if lora else 4 + rounded))
+    copy = 2 if bf16 else 0  # of the matrix, and of its gradient
+    head = shape.vocabulary * shape.hidden * (copy + (0 if lora else 4 + copy))
     head += logits * (size if on_cpu else size + 4)
     return {"weights": weights, "gradients": gradients, "optimizer": states, "activations": int(activations) + gathered,
             "head": head, "libraries": LIBRARIES if on_cpu else CONTEXT}

@@ -36,6 +36,7 @@ from common.model import (
     load_model,
     model_config,
     read_full,
+    round_frozen,
     save_adapter,
     save_full,
     saved_dtype,
@@ -72,6 +73,7 @@ class Run:
     wrapped: nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
     export_dtype: torch.dtype = torch.float32
+    rounded: int = 0  # frozen weights that are held in bf16 while training
     meter: Meter | None = None
 
     @property
@@ -210,13 +212,16 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
         model = whole_on_main(run, lambda empty: build_model(run, chat, grows, empty))
     else:
         model = build_model(run, chat, grows)
+        if holds_rounded(config, accelerator):
+            run.rounded = round_frozen(model, torch.bfloat16)
         model = model if is_zero() else model.to(accelerator.device)
     run.loss_model = LossModel(model, "sdpa", config.neftune_noise_alpha)
     if config.compile:
         run.say(compile_layers(run.loss_model.causal_lm))
     total, trained = count_parameters(model)
+    rounded = f"; {run.rounded / 1e6:,.2f} M frozen ones held in bf16" if run.rounded else ""
     run.say(f"model {config.source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
-            f"({'LoRA' if config.use_lora else 'full'}), precision {accelerator.mixed_precision}, "
+            f"({'LoRA' if config.use_lora else 'full'}{rounded}), precision {accelerator.mixed_precision}, "
             f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}")
     on_main(run.watch, lambda: check_space(run.directory, bytes_to_come(run)))
     if checkpoint and is_zero():
@@ -236,6 +241,12 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
             "into useful work")
     if checkpoint:
         restore(run, checkpoint)
+
+
+def holds_rounded(config: SftConfig, accelerator: Accelerator) -> bool:
+    """Whether what lies frozen below adapters is held in bf16 (FSDP and ZeRO round what they gather themselves)."""
+    whole = not (is_sharded(accelerator) or is_zero())
+    return config.use_lora and not config.load_in_4bit and accelerator.mixed_precision == "bf16" and whole
 
 
 def build_model(run: Run, chat: Chat, grows: bool, empty: bool = False) -> nn.Module:

@@ -69,8 +69,8 @@ def describe_memory(run: Run, base: object, chat: Chat, material: Material) -> s
     load = largest_load(material.plan, config.per_device_train_batch_size, on_cpu)
     parts = needed(shape, load, lora_r=config.lora_r if config.use_lora else None,
                    bf16=run.accelerator.mixed_precision != "no", checkpointing=config.gradient_checkpointing,
-                   in_4bit=config.load_in_4bit, optim=config.optim, processes=run.accelerator.num_processes,
-                   sharded=sharded, on_cpu=on_cpu)
+                   in_4bit=config.load_in_4bit, dora=config.use_dora, optim=config.optim,
+                   processes=run.accelerator.num_processes, sharded=sharded, on_cpu=on_cpu)
     return spoken(parts, checked=on_cpu and not sharded)
 
 

@@ -219,13 +219,14 @@ def _packed(rows: list, max_length: int) -> list[list]:
 
 def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., float], object]:
     """The very functions that 03_sft.py calls for a step."""
+    import torch
     from accelerate import Accelerator
 
     from common.chat import Encoded
     from common.data import Split
     from common.loss import LossModel
     from common.material import Material
-    from common.model import compile_layers
+    from common.model import compile_layers, round_frozen
     from common.plan import Source, Stage, make_plan
     from common.probe import choose_attention
     from common.settings import SftConfig
@@ -247,6 +248,8 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
                        lr_scheduler_type="constant", use_lora=task.mode == "lora", max_grad_norm=0.0)
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=True)
     model = LossModel(with_lora(task, make_model(task)), "sdpa")
+    if bf16 and task.mode == "lora":
+        round_frozen(model.model, torch.bfloat16)
     if compiled:
         print(compile_layers(model.causal_lm), file=sys.stderr)
     with accelerator.autocast():
@@ -257,8 +260,6 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
 
     def step(gradients: Path | None = None) -> float:
         if gradients:  # looked at just before they are used up
-            import torch
-
             from common import train
 
             train.fail_point = lambda *_: torch.save(_gradients(model.model), gradients)
