@@ -305,6 +305,7 @@ def test_impossible_stages_are_refused(write, stage, says):
     ("--val_dataset_paths a.jsonl", "a.jsonl is trained on as well"),
     ("--val_from aa", "Did you mean a?"),
     ("--max_steps 0", "0 steps train nothing"),
+    ("--max_steps 9 --num_train_epochs 2", "--num_train_epochs: it has no effect: max_steps says how long"),
     ("--max_seq_length 4", "at least 8"),
     ("--lr_scheduler_type constant --warmup_steps 5", "Write constant_with_warmup"),
     ("--lr_scheduler_type constant --min_lr_ratio 0.1", "does not fall"),
@@ -342,6 +343,10 @@ def test_a_file_for_both_modes_gives_way_to_the_command_line(write):
     assert config.notes == [f"{path}: warmup_ratio gives way to --warmup_steps",
                             f"{path}: merge_adapters gives way to --no_lora",
                             f"{path}: early_stopping_patience gives way to --val_split_ratio"]
+    path = write({"max_steps": 9, "num_train_epochs": 1})
+    config = sft("--config_path", path, "--num_train_epochs", "2")
+    assert (config.max_steps, config.notes) == (-1, [f"{path}: max_steps gives way to --num_train_epochs"])
+    assert sft("--config_path", path).max_steps == 9 and not sft("--config_path", path, "--max_steps", "5").notes
     config = sft("--config_path", write({"warmup_steps": 5}), "--warmup_ratio", "0.2")
     assert (config.warmup_ratio, config.warmup_steps) == (0.2, 0)
     assert sft("--val_dataset_paths", "v.jsonl").val_split_ratio == 0.0

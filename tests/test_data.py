@@ -180,6 +180,10 @@ def test_rows_that_the_template_refuses_are_bad_rows(tmp_path: Path, spm_bpe: st
     assert "2 of 6 rows cannot be used" in text
     found = load(path, strict, skip_bad_rows=True)
     assert (found.meta["rows_bad"], found.meta["rows_kept"], list(found.lines)) == (2, 4, [1, 2, 4, 6])
+    array = tmp_path / "rows.json"  # all in one line: their numbers are of rows
+    array.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"rows.json: row 3: template"):
+        load(array, strict)
 
 
 @pytest.mark.parametrize("path, finding", [("none.jsonl", "No such file"), ("", "is a directory")])

@@ -274,6 +274,17 @@ def test_intervals_do_not_depend_on_the_order_of_rows() -> None:
                                  for x in (found, expected)), rtol=1e-12, atol=0)
 
 
+def test_intervals_of_a_model_are_its_own() -> None:
+    """Guards against draws that move when another model stands beside it or its answers are cut elsewhere."""
+    a, b, prompts = tables(50, 0, 0.5), tables(50, 1, 0.7), np.random.default_rng(2).permutation(50)
+    longer = a | {"mean_length": a["mean_length"] * [3, 1]}
+    alone = compare(a, seed=5, prompts=prompts)[0]
+    assert compare(a, b, seed=5, prompts=prompts)[0] == alone and compare(b, a, seed=5, prompts=prompts)[1] == alone
+    found = compare(longer, seed=5, prompts=prompts)[0]
+    assert found.pop("mean_length") != alone.pop("mean_length") and found == alone
+    assert compare(a, b, seed=5)[0] == compare(a, seed=5)[0]
+
+
 def test_a_difference_is_of_rows_that_both_could_read() -> None:
     """Guards against a model with a short context that looks better because the long rows are missing from its mean."""
     a, b = tables(20, 0, 0.5), tables(20, 0, 0.5)

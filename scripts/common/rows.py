@@ -215,7 +215,8 @@ class RowReader(Counts):
         self.rows_kept -= 1
         self.n_bad += 1
         if self.n_bad <= SHOWN:
-            self.bad.append(f"{self.path}:{row.line}: {finding}")
+            is_line = self._records.column_names is None and self._records.line_is_row
+            self.bad.append(f"{self.path}{':' if is_line else ': row '}{row.line}: {finding}")
 
     def _check_columns(self, records: RecordReader) -> None:
         """CSV and parquet: a needed column that is missing is one finding, not one for each row."""

@@ -156,8 +156,11 @@ def compare(tuned: Table, baseline: Table | None = None, seed: int = 0,
 
     Percentile bootstrap over rows (Efron 1979), seeded; both models are resampled with the same rows, which is what
     makes the interval of a difference narrow. A row that is too long for one of the two is in no difference. prompts:
-    a number for each row; rows with the same one are drawn together, for they are no independent observations.
+    a number for each row, its prompt's own whatever the order of the files; rows with the same one are drawn together,
+    for they are no independent observations. Without prompts, or where all have the same one, each row is drawn.
     """
+    if prompts is None or not prompts.any():
+        prompts = _places(tuned)
     draw = lambda tables: _resampled([_by_prompt(table, prompts) for table in tables], seed)
     if baseline is None:
         return {name: _ends(values) for name, values in draw([tuned])[0].items()}, {}, {}
@@ -178,10 +181,13 @@ def on_same_rows(a: Table, b: Table) -> tuple[Table, Table]:
     return tuple(table | {name: table[name] * both for name in OF_LOSSES} for table in (a, b))
 
 
-def _by_prompt(table: Table, prompts: np.ndarray | None) -> Table:
-    """The sums of all rows with the same prompt; of rows that all have the same, the rows."""
-    if prompts is None or not prompts.any():
-        return table
+def _places(table: Table) -> np.ndarray:
+    """A number for each row that the order of the files does not change: its place among the rows sorted."""
+    return np.lexsort(np.concatenate([table[name] for name in OF_TABLE], 1).T).argsort()
+
+
+def _by_prompt(table: Table, prompts: np.ndarray) -> Table:
+    """The sums of all rows with the same prompt, in the order of its numbers."""
     return {name: np.stack([np.bincount(prompts, column) for column in values.T], 1) for name, values in table.items()}
 
 
@@ -193,11 +199,10 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
 def _resampled(tables: Sequence[Table], seed: int) -> list[dict[str, np.ndarray]]:
     """The means of each table in RESAMPLES draws of its rows with replacement, for every number that was measured.
 
-    The same draws for all tables; the rows are sorted first, so that their order in the files changes nothing.
+    The same draws for all tables.
     """
     columns = [np.concatenate([table[name] for name in OF_TABLE], 1) for table in tables]  # (rows, 2 * numbers)
-    order = np.lexsort(np.concatenate(columns, 1).T)
-    columns, rows = [c[order] for c in columns], len(order)
+    rows = len(columns[0])
     rng, sums = np.random.default_rng([seed, 6]), [np.empty((RESAMPLES, c.shape[1])) for c in columns]
     for i in range(RESAMPLES):
         times = np.bincount(rng.integers(0, rows, rows), minlength=rows).astype(np.float64)

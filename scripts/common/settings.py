@@ -250,6 +250,7 @@ class SftConfig:
 
         if self.init_from and self.model_path != self.init_from:
             notes.append(f"{place(self, 'model_path')} is not used: {place(self, 'init_from')} brings its model")
+        give_way("max_steps", "num_train_epochs", -1)
         if level(self, "warmup_steps") != level(self, "warmup_ratio"):
             give_way("warmup_ratio", "warmup_steps", 0.0)
             give_way("warmup_steps", "warmup_ratio", 0)
@@ -442,6 +443,7 @@ def _without_effect(c: SftConfig) -> list[str]:
         (("pad_to_multiple_of",), not c.packing, "packed rows are not padded. Add --no_packing"),
         (("weight_unit",), bool(c.dataset_weights or c.stages), "there are no weights. Add --dataset_weights"),
         (("dataset_weights", "num_train_epochs"), not c.stages, "the stages say it. Set it in their list"),
+        (("num_train_epochs",), bool(c.stages) or c.max_steps < 0, "max_steps says how long. Leave one of them out"),
         (("reset_optimizer_per_stage",), bool(c.stages), "there are no stages. Put them into a config file"),
         (("num_gen_samples", "max_new_tokens"), c.do_gen_test, "nothing is generated. Add --do_gen_test"),
         (("early_stopping_threshold",), bool(c.early_stopping_patience),
