@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import re
 import sys
 import time
@@ -20,8 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.checkpoint import atomic_write
 from common.config import parse, setting
-from common.faults import UserError, run_main
+from common.faults import UserError, run_main, say
 
 PIECE_OF_LINE = 2048  # characters: SentencePiece leaves out longer sentences, so long lines are cut at spaces
 HARD = ["a\n\n\tb", "  two  spaces  ", "\r\n", "naïve — “quotes”", "日本語", "e\u0301", "</s><s><pad><unk>", "<0x0A>",
@@ -114,19 +114,6 @@ def _too_large_or_small(fault: str, vocab_size: int, model_type: str) -> str:
     return f"--input: SentencePiece cannot train on this text: {fault.splitlines()[-1]:.200}"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is whole or absent."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def main(argv: list[str]) -> int:
     config = parse(TokenizerConfig, argv, __doc__, config_flag=None)
     model_path = Path(config.output_prefix + ".model")
@@ -138,8 +125,8 @@ def main(argv: list[str]) -> int:
     drawn = draw_lines(lines[:len(lines) - len(held_out)], config.input_sentence_size, config.seed)
     if not drawn:
         raise UserError(f"{config.input[0]}: no text in it. --input takes text files with at least one line.")
-    print(f"read      {sum(len(line.encode()) + 1 for line in lines) / 1e6:,.1f} MB, {len(lines):,} lines; training on "
-          f"{len(drawn):,}, {len(held_out):,} held out", flush=True)
+    say(f"read      {sum(len(line.encode()) + 1 for line in lines) / 1e6:,.1f} MB, {len(lines):,} lines; training on "
+        f"{len(drawn):,}, {len(held_out):,} held out")
     data = train(drawn, config.vocab_size, config.model_type)
     tokenizer = SentencePieceProcessor(model_proto=data)
     lost = [text for text in HARD if tokenizer.decode(tokenizer.encode(text)) != text]
@@ -149,14 +136,14 @@ def main(argv: list[str]) -> int:
                         "Choose another --output_prefix, or replace it with --overwrite.")
     model_path.parent.mkdir(parents=True, exist_ok=True)
     pieces = [f"{tokenizer.id_to_piece(i)}\t{tokenizer.get_score(i):g}\n" for i in range(len(tokenizer))]
-    write_atomically(model_path.with_suffix(".vocab"), "".join(pieces).encode())
-    write_atomically(model_path, data)
-    print(f"trained   {len(tokenizer):,} pieces ({config.model_type}) in {time.perf_counter() - start:.1f} s")
+    atomic_write(model_path.with_suffix(".vocab"), "".join(pieces).encode())
+    atomic_write(model_path, data)
+    say(f"trained   {len(tokenizer):,} pieces ({config.model_type}) in {time.perf_counter() - start:.1f} s")
     if held_out:
         tokens = sum(map(len, tokenizer.encode(held_out, num_threads=THREADS)))
-        print(f"held out  {sum(map(len, held_out)) / tokens:.2f} characters per token")
-    print(f"proven    {len(HARD)} hard strings come back from their ids (newlines, tabs, runs of spaces, emoji)")
-    print(f"wrote     {model_path}, {model_path.with_suffix('.vocab').name}")
+        say(f"held out  {sum(map(len, held_out)) / tokens:.2f} characters per token")
+    say(f"proven    {len(HARD)} hard strings come back from their ids (newlines, tabs, runs of spaces, emoji)")
+    say(f"wrote     {model_path}, {model_path.with_suffix('.vocab').name}")
     return 0
 
 

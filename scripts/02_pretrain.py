@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.checkpoint import put_in_place
 from common.config import nearest, parse, setting
-from common.faults import NotFinite, UserError, run_main
+from common.faults import NotFinite, UserError, run_main, say
 from common.structured import read_structured
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from common.chat import Chat
 
+GPU_LOGITS = 1 << 28  # as LOGITS, on a GPU, which would wait between small passes
 LOGITS = 1 << 26  # of a forward pass, 270 MB in fp32: 16 windows of 1,024 tokens at 32k pieces took 15 GB at once
 CHUNK = 1 << 16  # characters the tokenizer is given at once; files are cut at ends of lines
 
@@ -68,6 +70,8 @@ def read_architecture(path: str, chat: Chat) -> LlamaConfig:
     from transformers import LlamaConfig
 
     values, known = read_structured(path), LlamaConfig().to_dict()
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: it is no object of settings. Write {{\"hidden_size\": …}}.")
     for key in values:
         if key not in known:
             close = nearest(key, known)
@@ -118,7 +122,8 @@ def train(model: PreTrainedModel, tokens: np.ndarray, config: PretrainConfig, le
     model.to(device).train()
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, config.adam_beta2))
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, config.adam_beta2), fused=on_gpu)
     losses: list[float] = []
     begun = time.perf_counter()
     for step in range(config.max_steps):
@@ -128,7 +133,7 @@ def train(model: PreTrainedModel, tokens: np.ndarray, config: PretrainConfig, le
         starts = np.random.default_rng([config.seed, step]).integers(0, len(tokens) - length, config.batch_size)
         windows = torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)).to(device)
         losses.append(0.0)
-        for part in windows.split(max(1, LOGITS // (length * model.config.vocab_size))):
+        for part in windows.split(max(1, (GPU_LOGITS if on_gpu else LOGITS) // (length * model.config.vocab_size))):
             with torch.autocast(device.type, torch.bfloat16):
                 logits = model(input_ids=part[:, :-1], use_cache=False).logits  # (windows, length, vocabulary)
             loss = cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()) * (len(part) / len(windows))
@@ -142,8 +147,8 @@ def train(model: PreTrainedModel, tokens: np.ndarray, config: PretrainConfig, le
         if (step + 1) % config.logging_steps == 0 or step + 1 == config.max_steps:
             seconds = time.perf_counter() - begun
             recent = losses[-config.logging_steps:]
-            print(f"step {step + 1}/{config.max_steps}  loss {sum(recent) / len(recent):.4f}  lr {rate:.2e}  "
-                  f"{(step + 1) * config.batch_size * length / seconds:,.0f} tok/s  {seconds:.0f} s", flush=True)
+            say(f"step {step + 1}/{config.max_steps}  loss {sum(recent) / len(recent):.4f}  lr {rate:.2e}  "
+                f"{(step + 1) * config.batch_size * length / seconds:,.0f} tok/s  {seconds:.0f} s")
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
@@ -158,17 +163,13 @@ def learning_rate(config: PretrainConfig, step: int) -> float:
 def save(model: PreTrainedModel, chat: Chat, output_dir: Path) -> None:
     """Write model and tokenizer into a new directory beside output_dir and rename it, so that it is whole or absent."""
     part = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.part")
-    old = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.old")
     part.mkdir(parents=True)
     try:
         model.to("cpu").save_pretrained(part)
         chat.tokenizer.save_pretrained(part)
-        if output_dir.exists():
-            output_dir.rename(old)
-        part.rename(output_dir)
+        put_in_place(part, output_dir)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def main(argv: list[str]) -> int:
@@ -197,7 +198,7 @@ def main(argv: list[str]) -> int:
     model = LlamaForCausalLM(architecture)
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # windows are short: 1.3 times the speed of sdpa, slow in bf16 here
-    print(f"model     {architecture.num_hidden_layers} layers x {architecture.hidden_size}, "
+    say(f"model     {architecture.num_hidden_layers} layers x {architecture.hidden_size}, "
           f"{architecture.vocab_size:,} pieces, {sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M parameters")
     if config.max_steps:
         tokens = read_tokens(config.input, chat)
@@ -205,11 +206,11 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--input: {len(tokens):,} tokens are fewer than one window of {length}. Give more text, "
                             "or a smaller --sequence_length.")
         drawn = config.max_steps * config.batch_size * length
-        print(f"text      {len(tokens) / 1e6:,.2f} M tokens; {config.max_steps:,} steps of {config.batch_size} x "
-              f"{length} take {drawn / 1e6:,.2f} M, {drawn / len(tokens):.2f} times the text", flush=True)
+        say(f"text      {len(tokens) / 1e6:,.2f} M tokens; {config.max_steps:,} steps of {config.batch_size} x "
+              f"{length} take {drawn / 1e6:,.2f} M, {drawn / len(tokens):.2f} times the text")
         train(model, tokens, config, length)
     save(model, chat, output_dir)
-    print(f"wrote     {output_dir}")
+    say(f"wrote     {output_dir}")
     return 0
 
 

@@ -7,7 +7,7 @@
 In: a base model, its tokenizer, files of rows. Out: a chat model or adapter in Hugging Face form in OUTPUT_DIR, with
 the plan, the metrics, the held-out rows and checkpoints. Everything that decides what is learnt is computed and printed
 before the first step; --dry_run stops there. After an interruption, give the same command again with
---resume_from_checkpoint: it goes on where it was, bit for bit.
+--resume_from_checkpoint: it goes on where it was, bit for bit (on a GPU as far as its kernels repeat themselves).
 """
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     from common.rundir import decide
 
     config = run.config
-    if not config.explain_step:  # refuse before time is spent
+    if not (config.explain_step or config.dry_run):  # refuse before time is spent
         decide(config.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
     fetch_all(run, weights=False)
     source = config.at(config.source)
-    set_today(first_start(run))
+    set_today(on_main(run.watch, lambda: first_start(run)))
     chat = load_chat(config.at(config.tokenizer_path or config.source), config.prompt_template,
                      system_prompt=config.system_prompt, assistant_turns=config.assistant_turns,
                      train_on_prompt=config.train_on_prompt)
@@ -250,7 +250,7 @@ def resume_command(run: Run) -> str:
     how = ["--config_file", f"config/accelerate/{file}.yaml"] if file else ["--multi_gpu"]
     several = [*how, "--num_processes", str(n)] if n > 1 else []
     launcher = ["accelerate", "launch", *several, "--mixed_precision", precision] if launched() else ["python"]
-    return shlex.join([*launcher, "scripts/03_sft.py", *words])
+    return shlex.join([*launcher, sys.argv[0], *words])
 
 
 def check_files(config: SftConfig) -> None:

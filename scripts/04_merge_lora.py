@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from common.config import parse, setting
-from common.faults import UserError, run_main
+from common.faults import UserError, run_main, say
 from common.hub import check_push, hub_card, push
 
 
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     model = load_model(str(run), dtype="auto")
     dtype = saved_dtype(model.config, config.merge_dtype)
     found = merge_and_save(model.float(), chat, output, dtype, prompts(run, chat))
-    print(f"{output}: merged model ({found['dtype']}); largest logit difference to the adapter {found['fp32']:.1e} in "
+    say(f"{output}: merged model ({found['dtype']}); largest logit difference to the adapter {found['fp32']:.1e} in "
           f"fp32, {found['saved']:.1e} as saved, of logits up to {found['largest']:.0f}")
     if repo:
         file, again = run / "README.md", shlex.join(["python", "scripts/04_merge_lora.py", *argv, *(

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common import faults
 from common.config import is_hub_name, level, parse, setting
 from common.faults import CheckFailed, UserError, run_main
 from common.hub import local_rows
@@ -133,7 +134,7 @@ def main(argv: list[str]) -> int:
     tune_allocator()
     quiet_libraries()
     with joined_team() as team:
-        say = speaker(team.main)
+        say = faults.say if team.main else lambda *lines: None
         for line in use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
             say(line)
         tasks = {"gen_only": show_answers, "chat": talk, "predict": predict, "golden": check_golden,
@@ -141,18 +142,6 @@ def main(argv: list[str]) -> int:
         task = next((tasks[mode] for mode in NOT_WITH if getattr(config, mode)), evaluate)
         task(config, team, say)
     return 0
-
-
-def speaker(main: bool) -> Say:
-    """Print a line on the main process. Whoever reads may leave (`… | head`): what is measured is written all the
-    same."""
-    def say(line: str) -> None:
-        try:
-            if main:
-                print(line, flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return say
 
 
 # ---- tasks

@@ -32,7 +32,7 @@ from typing import BinaryIO
 
 from common.collect import Aside, Collected, collect_logs, secrets_text
 from common.config import nearest, parse, setting
-from common.faults import UserError, run_main
+from common.faults import UserError, run_main, say
 from common.logs import LOG_FORMS, Filters, LogReader, default_folder, log_files
 from common.oasst import TreeReader
 from common.render import PLAIN_KEYS
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
     """Prepare the data sets asked for; return 0, or 2 if one of them failed."""
     config = parse(Config, argv, __doc__, config_flag=None)
     if config.list:
-        print(listing())
+        say(listing())
         return 0
     names = list(dict.fromkeys(n for name in config.dataset for n in (ALL if name == "all" else (name,))))
     folder = Path(config.output_dir)
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
         results = [attempt(name, config, command) for name in names]
     good = [r for r in results if not isinstance(r, str)]
     if good:
-        print("\n" + table(good))
+        say("\n" + table(good))
     failed = [r for r in results if isinstance(r, str)]
     if not there and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -190,7 +190,7 @@ def from_files(found: Collected, spec: Spec, config: Config) -> None:
         files, line = local_files(spec, Path(config.raw_dir) if config.raw_dir is not None else ROOT / spec.raw_dir)
     else:
         files, line = hub_files(spec, ROOT / "data" / "cache")
-    print(line, flush=True)
+    say(line)
     for path in files:
         reader = open_reader(spec, path, config, found.changed)
         for row in reader:
@@ -210,7 +210,7 @@ def from_logs(found: Collected, spec: Spec, config: Config) -> None:
     """Add the conversations of a person's own logs, filtered, redacted and cut into windows."""
     folder = Path(config.raw_dir) if config.raw_dir is not None else default_folder(spec.form, spec.raw_dir)
     files = log_files(spec.name, folder, spec.raw_patterns)
-    print(f"{spec.name}: took {len(files):,} file{'s' if len(files) > 1 else ''} of {folder}", flush=True)
+    say(f"{spec.name}: took {len(files):,} file{'s' if len(files) > 1 else ''} of {folder}")
     chat = None
     if config.tokenizer_path is not None:
         from common.chat import load_chat  # seconds
@@ -230,7 +230,7 @@ def log_filters(spec: Spec, config: Config) -> Filters:
 
 def show_bad(spec: Spec, reader: RowReader | TreeReader | LogReader) -> None:
     """Print what was left out by --skip_bad_rows."""
-    print("\n".join(reader.bad) + f"\n{spec.name}: {reader.n_bad:,} bad rows left out", flush=True)
+    say(*reader.bad, f"{spec.name}: {reader.n_bad:,} bad rows left out")
 
 
 def unit(spec: Spec) -> str:

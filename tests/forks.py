@@ -96,6 +96,7 @@ def fork_main(main: Callable[[list[str]], int], argv: list[str], log: Path, *, r
         if pid == 0:
             try:
                 _become(log, _environment(rank, ranks, port) | (env or {}))
+                sys.argv = [f"scripts/{Path(main.__globals__['__file__']).name}", *argv]
                 code = _run(main, argv, patch)
             except BaseException as fault:  # nothing of the parent's may run on in here
                 os.write(2, f"{type(fault).__name__}: {fault}\n".encode())

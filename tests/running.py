@@ -45,6 +45,7 @@ def run_script(name: str, *argv: object, cwd: Path | None = None, mixed_precisio
         with contextlib.ExitStack() as stack:
             # whoever started the tests stands for the launcher, be it process 1
             stack.enter_context(mock.patch("common.signals.is_launcher", return_value=True))
+            stack.enter_context(mock.patch.object(sys, "argv", [f"scripts/{name}.py", *words]))
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
             if cwd:

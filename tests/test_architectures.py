@@ -25,6 +25,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "tie_word_embeddings": False}
 OWN = {"phi": {}, "gpt_neox": {},  # the head has another name in files
        "qwen3_moe": EXPERTS,  # the experts of a layer are many weights in files and two in memory
+       "mamba": {"state_size": 8, "time_step_rank": 4},  # no attention
        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}}  # tied; its matrices lie the other way
 IDS = torch.tensor([[2, 20, 30, 31, 90, 17, 9, 45, 6]])
 
@@ -90,6 +91,13 @@ def test_an_adapter_is_resumed_and_merged_into_the_names_of_the_base(train, tmp_
     adapted = {key for key in base if not torch.equal(base[key], merged[key])}
     assert any("experts.3.down_proj" in key if name == "qwen3_moe" else "mlp.c_fc" in key for key in adapted)
     logits(tmp_path / "run" / "merged")
+
+
+def test_a_model_without_attention_is_trained(train, tmp_path):
+    """Bug: an estimate of memory that asks for heads ends every run of a state-space model."""
+    said = train("mamba", tmp_path / "run", "--no_packing", "--no_lora").ok().out
+    assert "memory needed about" in said and "mfu" in said
+    assert "Train with --no_packing" in train("mamba", tmp_path / "packed", "--no_lora").err
 
 
 def test_experts_know_no_dropout(train, tmp_path):

@@ -343,6 +343,9 @@ def test_a_file_for_both_modes_gives_way_to_the_command_line(write):
     assert config.notes == [f"{path}: warmup_ratio gives way to --warmup_steps",
                             f"{path}: merge_adapters gives way to --no_lora",
                             f"{path}: early_stopping_patience gives way to --val_split_ratio"]
+    config = sft("--config_path", write({"overwrite_output_dir": True}), "--resume_from_checkpoint")
+    assert (config.overwrite_output_dir, config.resume_from_checkpoint) == (False, "auto")
+    assert "there are no adapters" in refusal("--config_path", write({"use_lora": False, "merge_dtype": "bfloat16"}))
     path = write({"max_steps": 9, "num_train_epochs": 1})
     config = sft("--config_path", path, "--num_train_epochs", "2")
     assert (config.max_steps, config.notes) == (-1, [f"{path}: max_steps gives way to --num_train_epochs"])

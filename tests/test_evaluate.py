@@ -29,7 +29,7 @@ from common.evaluate import (
     with_calls,
     with_system,
 )
-from common.faults import NotFinite, UserError, run_main
+from common.faults import NotFinite, UserError, run_main, say
 from common.generate import Generated, generate
 from common.questions import EvalSet, built_in
 from common.rows import Row
@@ -329,6 +329,9 @@ def test_a_row_becomes_a_question() -> None:
     case = make_case(Row(1, messages), "s")
     assert (case.prompt, case.reference, len(case.context)) == ("q2", "żółw", 3)
     assert response_bytes(case.row) == 5 + 7 and response_bytes(Row(1, None, "ab")) == 2
+    thinks = Row(1, [{"role": "user", "content": "q"},
+                     {"role": "assistant", "content": "ok", "reasoning_content": "hm hm", "train": True}])
+    assert (response_bytes(thinks), response_bytes(thinks, shown="<think>hm hm</think>ok")) == (2, 7)
     assert make_case(Row(1, None, "ab"), "s").context == []
 
 
@@ -412,8 +415,7 @@ def test_a_reader_that_leaves_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     os.close(reader)
     with os.fdopen(writer, "w") as out:
         monkeypatch.setattr("sys.stdout", out)
-        say = SCRIPT.speaker(True)
-        say("nobody reads this")
+        say("nobody reads this", "nor this")
         say("nor this")
 
 

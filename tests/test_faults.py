@@ -500,6 +500,35 @@ def test_a_pickle_bomb_does_not_run(bench, stopped, tmp_path, monkeypatch):
     assert child.codes[0] not in (0, 75) and not (tmp_path / "bang").exists()
 
 
+def test_other_settings_where_no_checkpoint_was_written(bench, tmp_path):
+    """Guards against a run.json that tells of a run that never was: killed in the first step, started again with other
+    settings, on the base that the first start had left."""
+    flags = ("--learning_rate", 0.004, RESUME)
+    ended(bench.run(tmp_path / "run", *flags, env={"SFT_FAIL_AT": "in_step:1"}), -signal.SIGKILL)
+    other = ("--learning_rate", 0.001, *flags[2:])
+    said = ended(bench.run(tmp_path / "run", *other), 2)
+    assert "learning_rate" in said and "--overwrite_output_dir to start anew: it has no checkpoint" in said
+    ended(bench.run(tmp_path / "run", *flags, "--max_steps", 8, "--save_steps", 3), 0)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert (run["learning_rate"], run["save_steps"]) == (0.004, 3)  # free settings as they were last used
+    (tmp_path / "c.json").write_text('{"overwrite_output_dir": true}')
+    again = (*flags, "--save_steps", 3, "--dataset_paths", bench.rows, "--max_steps", 8)
+    assert "nothing to do" in ended(bench.run(tmp_path / "run", *again, "--config_path", tmp_path / "c.json"), 0)
+    bench.run(tmp_path / "run", *other[:2], "--overwrite_output_dir", env={"SFT_FAIL_AT": "in_step:1"})
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["learning_rate"] == 0.001
+
+
+def test_a_reader_that_leaves(bench, tmp_path):
+    """`03_sft.py … | head` ended the training with status 0 and without a model."""
+    def patch() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+
+    assert "error" not in ended(bench.run(tmp_path / "run", *LORA, patch=patch), 0).lower()
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
 def test_two_runs_in_one_directory(bench, tmp_path):
     """Two runs mix or kill each other."""
     patch = hold_at(3, lambda: time.sleep(60))

@@ -437,6 +437,11 @@ def test_parts_become_one_file_with_a_manifest(tmp_path, hub):
         assert [row.messages[0]["content"] for row in RowReader(place)] == expected, part
         said = json.loads(place.with_name(f"rows-{part}.manifest.json").read_text())
         assert (said["source"], said["revision"], said["licence"], len(said["files"])) == ("ann/rows", commit, "mit", 2)
+    hub.put("dataset", "ann/two", {f"{folder}/test.jsonl": json.dumps({"prompt": folder, "response": "x"}) + "\n"
+                                   for folder in ("a", "b")})
+    for folder in ("a", "b"):  # parts of one name in two folders are two files
+        rows = RowReader(local_rows(f"ann/two:{folder}/test.jsonl", tmp_path / "data"))
+        assert [row.messages[0]["content"] for row in rows] == [folder]
     asked = len(hub.asked)
     assert local_rows("ann/rows:plain", tmp_path / "data").endswith("rows-plain.jsonl") and len(hub.asked) == asked
 

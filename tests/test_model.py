@@ -72,6 +72,9 @@ def test_spare_rows_are_used_before_the_embeddings_grow(tmp_path: Path, chat: ob
     set_special_ids(model, chat)
     assert model.generation_config.suppress_tokens == list(range(len(chat.tokenizer), len(chat.tokenizer) + 30))
     assert model.generation_config.eos_token_id == [chat.end_id, 3] and model.config.eos_token_id == 3
+    model.generation_config.suppress_tokens = [chat.end_id, 7]  # spare for an earlier chat, whose model this was
+    set_special_ids(model, chat)
+    assert model.generation_config.suppress_tokens == [7, *range(len(chat.tokenizer), len(chat.tokenizer) + 30)]
 
 
 @pytest.mark.parametrize("tied", [True, False])

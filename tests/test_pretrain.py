@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,30 @@ def test_a_failed_save_leaves_nothing(place, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         pretrain(place, tmp_path / "m", steps=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_replaced_stays_until_the_new_one_stands(place, tmp_path, monkeypatch):
+    """Guards against a failed renaming after which neither is there."""
+    pretrain(place, tmp_path / "m", steps=0)
+    before, real = sorted(p.name for p in (tmp_path / "m").iterdir()), os.rename
+
+    def rename(one: Path, other: Path) -> None:
+        if ".part" in str(one):
+            raise OSError(5, "Input/output error")
+        real(one, other)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="Input/output"):
+        pretrain(place, tmp_path / "m", "--overwrite_output_dir", steps=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == before
+
+
+def test_an_architecture_that_is_no_object_is_refused(place, tmp_path):
+    """Guards against a traceback for a list."""
+    (tmp_path / "a.json").write_text('["hidden_size"]')
+    with pytest.raises(UserError, match="no object of settings"):
+        pretrain(place, tmp_path / "m", "--config_path", str(tmp_path / "a.json"), steps=0)
 
 
 def test_tokens_are_the_text(place, tmp_path, monkeypatch):

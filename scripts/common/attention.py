@@ -13,11 +13,18 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 PACKED = "sft_packed"  # the name under which packed_attention is known to transformers
 BLOCK = 192  # queries at a time in causal_blocks: more waste work on what is masked, fewer are small products
 LONGEST_KEPT = 1024  # keys up to which the probabilities of a query are kept (4 KiB a head)
+# varlen_attn's keyword came and went between releases; without it fewer kv heads are passed straight through
+TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+# cuDNN's attention makes a plan for every new shape, and each token of an answer has one; with fewer than 8 kv heads it
+# is known to give wrong greedy answers (pytorch issue 193893)
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -51,8 +58,10 @@ def packed_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
     if n_kept is not None and window is None and not dropout:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = causal_blocks(query, *_for_each_head(query, key, value), cu_seq_lens_q, n_kept, scaling)[0]
+    elif query.is_cuda:
+        out = _varlen_cuda(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
     else:
-        out = _segments(query, key, value, cu_seq_lens_q, max_length_q, scaling, dropout, window)
+        out = _segments(query, key, value, cu_seq_lens_q, scaling, dropout, window)
     return out.reshape(rows, width, heads, -1).to(out_dtype), None
 
 
@@ -63,10 +72,8 @@ def _for_each_head(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 
 
 @torch.compiler.disable  # its loop over segments would be compiled anew for every batch
-def _segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int | None,
+def _segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor,
               scaling: float | None, dropout: float, window: int | None) -> torch.Tensor:
-    if query.is_cuda:
-        return _varlen_cuda(query, key, value, bounds, longest, scaling, window)
     key, value = _for_each_head(query, key, value)
     # split, not slices: the gradient of a slice is a whole tensor of zeros for every segment
     lengths = bounds.diff().tolist()
@@ -194,20 +201,9 @@ def _later(size: int) -> torch.Tensor:
 
 def _varlen_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
                  scaling: float | None, window: int | None) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    gqa = {"enable_gqa": query.shape[1] != key.shape[1]} if _takes_gqa() else {}
+    gqa = {"enable_gqa": query.shape[1] != key.shape[1]} if TAKES_GQA else {}
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling,
                        window_size=(window - 1, 0) if window else (-1, 0), **gqa)
-
-
-@functools.cache
-def _takes_gqa() -> bool:
-    """Whether varlen_attn has this keyword, which came and went between releases; without it fewer kv heads are passed
-    straight through."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def set_ordinary_attention(model: nn.Module) -> None:

@@ -47,8 +47,9 @@ def model_card(place: Path, state: TrainState, chat: Chat, merged: dict | None =
     data = {source["name"]: manifest(plan["data"][source["name"]]["file"]) for source in plan["sources"]}
     losses = next((m for m in metrics if "eval_loss" in m and m["step"] == state.best_step), {})
     name = place.absolute().name
-    parts = [f"---\n{metadata(name, config, base, data, losses)}---\n# {name}",
-             _summary(config, base, chat, state), _data(plan, data, base), _losses(losses, metrics),
+    licence = base_licence(base, config.get("revision"))
+    parts = [f"---\n{metadata(name, config, base, licence, data, losses)}---\n# {name}",
+             _summary(config, base, chat, state), _data(plan, data, licence), _losses(losses, metrics),
              _settings(run, plan), _samples(samples), _loading(config, place, merged), _elsewhere(config, chat, name),
              _limits(config, plan, data, losses, place)]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
@@ -63,12 +64,15 @@ def manifest(file: str) -> dict:
     return read_json(path.with_name(f"{stem}.manifest.json"))
 
 
-def base_licence(base: str) -> str | None:
+def base_licence(base: str, revision: str | None = None) -> str | None:
     """The licence that the base's own card names, on disk or in the Hub's cache; None where it cannot be known here."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
-    card = Path(base, "README.md") if Path(base).is_dir() else try_to_load_from_cache(base, "README.md") \
-        if is_hub_id(base) else None
+    card = None
+    if Path(base).is_dir():
+        card = Path(base, "README.md")
+    elif is_hub_id(base):
+        card = try_to_load_from_cache(base, "README.md", revision=revision)
     if not isinstance(card, (str, Path)) or not Path(card).is_file():
         return None
     try:
@@ -88,11 +92,11 @@ def hub_licence(licence: str | None) -> str | None:
     return name if name in HUB_LICENCES else None
 
 
-def metadata(name: str, config: dict, base: str, data: dict[str, dict], losses: dict) -> str:
+def metadata(name: str, config: dict, base: str, licence: str | None, data: dict[str, dict], losses: dict) -> str:
     """The card's YAML. One licence is named where base and data agree on it; else "other", and the text tells."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    licences = {hub_licence(base_licence(base)), *(hub_licence(entry.get("licence")) for entry in data.values())}
+    licences = {hub_licence(licence), *(hub_licence(entry.get("licence")) for entry in data.values())}
     one = licences.pop() if len(licences) == 1 else None
     told = {"license": one} if one else {"license": "other", "license_name": "of-the-base-and-the-data",
                                          "license_link": "README.md"}
@@ -117,7 +121,7 @@ def _summary(config: dict, base: str, chat: Chat, state: TrainState) -> str:
             f"{state.tokens:,} tokens ({state.trained_tokens:,} trained), {state.seconds / 60:.1f} minutes.")
 
 
-def _data(plan: dict, data: dict[str, dict], base: str) -> str:
+def _data(plan: dict, data: dict[str, dict], licence: str | None) -> str:
     """Shares, sources and licences."""
     cell = lambda value: str(value or "not stated").replace("|", "\\|").replace("\n", " ")
     lines = [f"| {cell(s['name'])} | {cell(data[s['name']].get('source'))} | {cell(data[s['name']].get('licence'))} | "
@@ -127,7 +131,7 @@ def _data(plan: dict, data: dict[str, dict], base: str) -> str:
     return "\n".join([
         "## Data", "", "| data set | source | licence | examples | drawn | share asked | share of examples | trained "
         "tokens |", "|---|---|---|---:|---:|---:|---:|---:|", *lines, "",
-        f"Licence of the base: {base_licence(base) or 'not stated'}. What is made of base and data is bound by the "
+        f"Licence of the base: {licence or 'not stated'}. What is made of base and data is bound by the "
         f"licences of both. {' '.join(notes)}"])
 
 

@@ -347,7 +347,7 @@ def rotate(run_dir: Path, state: TrainState, keep: int) -> None:
 def tidy(run_dir: Path | str) -> None:
     """Remove what a killed process left unfinished. Only for the holder of the directory's lock."""
     for path in sorted(Path(run_dir).iterdir()):
-        replaced = re.fullmatch(r"\.replaced-(checkpoint-\d+)\.\d+", path.name)
+        replaced = re.fullmatch(r"\.replaced-(checkpoint-\d+|merged)\.\d+", path.name)
         if replaced and not path.with_name(replaced[1]).exists():
             os.rename(path, path.with_name(replaced[1]))
         elif replaced or re.fullmatch(r"\.((partial|removed)-checkpoint-\d+|base|merged)\.\d+", path.name):

@@ -34,7 +34,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from common.faults import UserError
+from common.faults import UserError, say
 from common.structured import read_structured
 
 LEVELS = {"default": 0, "file": 1, "command line": 2}
@@ -388,7 +388,7 @@ def parse(cls: type, argv: list[str], description: str, *, config_flag: str | No
     """
     table = settings_of(cls)
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, description))
+        say(help_text(cls, description))
         raise SystemExit(0)
     problems: list[str] = []
     refused: set[str] = set()

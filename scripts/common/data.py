@@ -177,7 +177,8 @@ def _is_whole(place: Path, digest: str) -> bool:
 def _open(place: Path, name: str, path: str) -> Dataset:
     arrays = {x: np.load(place / f"{x}.npy", mmap_mode="r") for x in ARRAYS}
     return Dataset(name, path, np.memmap(place / "input_ids.bin", np.int32, "r"),
-                   np.memmap(place / "trained.bin", np.bool_, "r"), **arrays, meta=_meta(place))
+                   np.memmap(place / "trained.bin", np.bool_, "r"), **arrays,
+                   meta=_meta(place) | {"file": path})  # another's file with the same bytes may have filled the cache
 
 
 @dataclass

@@ -123,17 +123,23 @@ def few(cases: Iterable[Case], count: int, seed: int) -> list[Case]:
     return [found[key] for key in sorted(found, key=lambda key: (turns[key], key))[:count]]
 
 
-def response_bytes(row: Row, assistant_turns: str = "all") -> int:
+def response_bytes(row: Row, assistant_turns: str = "all", shown: str = "") -> int:
     """Utf-8 bytes of what is trained of a row: its assistant turns with names and arguments of their tool calls (as
-    JSON; not the ids, which no template writes), or all of a plain text."""
+    JSON; not the ids, which no template writes) and the thoughts that are in `shown`, or all of a plain text."""
     if row.messages is None:
         return len(row.text.encode())
     turns = [m for m in row.messages if m["role"] == "assistant"]
     turns = turns[-1:] if assistant_turns == "last" else turns
     calls = lambda m: "".join(json.dumps(call.get("function", call), ensure_ascii=False)
                                 for call in m.get("tool_calls") or [])
-    said = lambda m: (m["content"] or "") + calls(m)
+    thought = lambda m: of if (of := m.get("reasoning_content") or "").strip() in shown else ""
+    said = lambda m: (m["content"] or "") + calls(m) + thought(m)
     return sum(len(said(m).encode()) for m in turns if m.get("train", True))
+
+
+def _thinks(row: Row) -> bool:
+    """Whether an answer of a row brings its thought in a key of its own."""
+    return any(m.get("reasoning_content") for m in row.messages or ())
 
 
 # ---- from a model
@@ -151,7 +157,9 @@ def measure(model: nn.Module, chat: Chat, cases: list[Case], options: Options, *
     found = score(model, [encoded[i] for i in fits], chat.pad_id, options.batch_size, options.bar, options.team)
     for i, loss, hit in zip(fits, *found):
         losses[i], hits[i] = loss, hit
-    n_bytes = [response_bytes(case.row, chat.assistant_turns) if len(loss) else 0 for case, loss in zip(cases, losses)]
+    shown = [chat.decode(e.input_ids[e.trained]) if _thinks(case.row) else "" for case, e in zip(cases, encoded)]
+    n_bytes = [response_bytes(case.row, chat.assistant_turns, text) if len(loss) else 0
+               for case, text, loss in zip(cases, shown, losses)]
     # control ids come from the template alone, so these are the true ends
     ends = [np.isin(e.input_ids[e.trained], chat.stop_ids)[:len(loss)] for e, loss in zip(encoded, losses)]
     answers, texts = answer(model, chat, cases, options, plain=plain)

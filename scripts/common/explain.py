@@ -17,6 +17,7 @@ from common.probe import choose_attention
 from common.run import Run, fingerprints
 from common.rundir import fingerprint_differences, refuse_changes
 from common.settings import SftConfig
+from common.sharded import has_shards
 
 
 def explain_step(run: Run, chat: Chat, material: Material) -> list[str]:
@@ -52,7 +53,7 @@ def model_before(run: Run, chat: Chat, step: int) -> tuple[LossModel, str]:
     """The model of the newest whole checkpoint of the run before the step, else the base; and what to call it."""
     config = run.config
     for path in reversed(checkpoints(run.directory)):
-        if step_of(path) < step and not verify(path):
+        if step_of(path) < step and not has_shards(path) and not verify(path):
             return LossModel(load_model(str(path), in_4bit=config.load_in_4bit), "sdpa"), path.name
     source = config.source
     model = load_model(config.at(source))

@@ -48,6 +48,20 @@ class SaidElsewhere(Exception):
         self.status = status
 
 
+def say(*lines: str) -> None:
+    """Print lines at once. Whoever reads may leave (`… | head`): the work goes on, unread."""
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except BrokenPipeError:
+        _unread()
+
+
+def _unread() -> None:
+    """Let what is still printed, at exit too, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run a script's `main(argv)` and return its exit status; the faults above become one line on stderr."""
     try:
@@ -58,9 +72,10 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
         name = {2: "error", 75: "stopped"}.get(fault.status, type(fault).__name__)
         print(f"{name}: {fault}", file=sys.stderr)
         return fault.status
-    except BrokenPipeError:  # `... | head`: the reader left
-        sys.stderr.close()
-        return 0
+    except BrokenPipeError:
+        _unread()
+        print("disk or I/O error: whoever read the output has left", file=sys.stderr)
+        return 74
     except OSError as fault:
         place = f"{fault.filename}: " if fault.filename else ""
         print(f"disk or I/O error: {place}{fault.strerror or fault}", file=sys.stderr)

@@ -28,15 +28,17 @@ def make_meter(shape: Shape, lora: bool, device: torch.device, processes: int) -
     """Measure the peak: the fastest of a few large matrix products in the precision of training (call it under the
     autocast of training), times the number of processes, which are taken to be alike."""
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    size, best = (4096 if device.type == "cuda" else 1024), float("inf")
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    # on a GPU a single product is over before its clocks have risen
+    size, at_once, wait = (8192, 10, torch.cuda.synchronize) if device.type == "cuda" else (1024, 1, lambda: None)
+    numbers, best = torch.Generator(device).manual_seed(0), float("inf")
+    a, b = (torch.randn(size, size, device=device, generator=numbers).to(dtype) for _ in range(2))
     for _ in range(6):
         wait()
         started = time.perf_counter()
-        torch.mm(a, b)
+        for _ in range(at_once):
+            torch.mm(a, b)
         wait()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, (time.perf_counter() - started) / at_once)
     each = FLOPS_PER_PARAMETER[lora]
     return Meter(each * shape.layers * shape.layer, each * shape.vocabulary * shape.hidden,
                  processes * 2 * size**3 / best)

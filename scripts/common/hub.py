@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from common.config import HUB_NAME, is_hub_name
 from common.faults import UserError
+from common.ranks import is_alive
 from common.settings import SftConfig, dataset_name
 
 if TYPE_CHECKING:
@@ -204,6 +205,8 @@ def _download(ref: Ref, commit: str, take: list[str], leave: list[str] | None = 
 def data_file(ref: Ref, commit: str, cache_dir: Path, name: str) -> Path:
     """The rows of a data set as one file NAME.jsonl (.json, .csv, .parquet), with a manifest beside it."""
     folder = cache_dir / "hub" / f"{ref.repo.replace('/', '--')}@{commit[:12]}"
+    if ref.part:  # parts in different folders of a repository may have the same name
+        folder /= re.sub(r"[^\w.-]", "--", ref.part)
     made = [path for path in folder.glob(f"{glob.escape(name)}.*") if path.is_file() and ROWS.search(path.name)
             and ROWS.sub("", path.name) == name]
     if made:
@@ -216,11 +219,19 @@ def data_file(ref: Ref, commit: str, cache_dir: Path, name: str) -> Path:
     work, place = folder / f".{name}.{os.getpid()}{kind}", folder / f"{name}{kind}"
     told = {"source": ref.repo, "revision": commit, "files": chosen} | ({"licence": licence} if licence else {})
     (folder / f"{name}.manifest.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    for left in folder.glob(f".{glob.escape(name)}.*{kind}"):  # of starts that were killed
+        maker = left.name.removesuffix(kind).rpartition(".")[2]
+        if maker.isdigit() and not is_alive(int(maker)):
+            left.unlink(missing_ok=True)
     work.unlink(missing_ok=True)
     if len(files) == 1:
         work.symlink_to(files[0].absolute())
     else:
-        join(files, work)
+        try:
+            join(files, work)
+        except BaseException:
+            work.unlink(missing_ok=True)
+            raise
     os.replace(work, place)
     return place
 

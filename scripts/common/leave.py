@@ -29,8 +29,9 @@ from common.zero import is_zero
 
 def leave_plan(run: Run, described: dict, material: Material) -> None:
     """run.json, plan.json, val.jsonl and test.jsonl, before the first step. Main process only."""
-    if not (run.directory / "run.json").exists():
-        atomic_json(run.directory / "run.json", described)
+    file = run.directory / "run.json"
+    begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    atomic_json(file, {**described, **begun, "config": described["config"]})  # free settings may have changed
     atomic_json(run.directory / "plan.json", {**material.plan.summary(), "notes": material.split.notes,
                                               "data": {d.name: d.meta for d in material.datasets}})
     options = {"skip_bad_rows": run.config.skip_bad_rows, "role_map": material.datasets[0].meta["key"]["role_map"]}
@@ -49,7 +50,7 @@ def forget_plan(run: Run) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Write rows so that the file is whole or absent; a file of any size, row by row."""
-    work = path.with_name(f".{path.name}.{os.getpid()}")
+    work = path.with_name(f".{path.name}.{os.getpid()}-0.tmp")  # as atomic_write's, for `tidy`
     try:
         with open(work, "w", encoding="utf-8") as out:
             for row in rows:
@@ -105,9 +106,8 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
         read_weights(run, best)
     if earlier:
         run.say(f"best validation loss {state.best_loss:.4f} at step {state.best_step:,}: these weights are kept")
-    dtype = saved_dtype(run.loss_model.causal_lm.config, config.merge_dtype) if config.merge_dtype else run.export_dtype
-    write_model(run, chat, run.directory, dtype)
-    what = "adapter" if config.use_lora else f"model ({str(dtype)[6:]})"
+    write_model(run, chat, run.directory, run.export_dtype)
+    what = "adapter" if config.use_lora else f"model ({str(run.export_dtype)[6:]})"
     run.say(f"{what}, tokenizer and chat template: {run.directory}")
     if run.rounded and (config.do_gen_test or config.merge_adapters):  # on the base as it is on the disk
         run.loss_model, run.wrapped, run.optimizer = None, None, None
@@ -120,6 +120,7 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
         samples = sample_prompts([e for row in material.plan.step_rows(0) for e in material.examples(row)])
         # after 4-bit training the adapter is merged into the base's own weights, not into what is left of them
         model = load_model(str(run.directory)) if config.load_in_4bit else run.loss_model.model
+        dtype = saved_dtype(model.config, config.merge_dtype) if config.merge_dtype else run.export_dtype
         merged = merge_and_save(model, chat, run.directory / "merged", dtype, samples)
         run.say(f"merged model: {run.directory / 'merged'}; largest logit difference to the adapter "
                 f"{merged['fp32']:.1e} in fp32, {merged['saved']:.1e} as saved ({merged['dtype']}), of logits up to "
@@ -153,16 +154,17 @@ def report(run: Run, chat: Chat, material: Material) -> None:
 
 def show_answers(run: Run, chat: Chat) -> None:
     """Answer some validation prompts (or built-in ones), go on with plain texts, print it and write samples.jsonl."""
-    from common.evaluate import BUILT_IN_PROMPTS, Case, Options, answer, few, make_case
-    from common.rows import Row
+    from common.evaluate import Options, answer, few, make_case, with_calls
+    from common.questions import EvalSet, built_in
 
     config, path = run.config, run.directory / "val.jsonl"
     rows = (make_case(row, row.source) for row in (RowReader(path, mixed=True) if path.exists() else ()))
     cases = few((case for case in rows if case.asks(continued=True)), config.num_gen_samples, config.seed)
-    if not cases:
-        asked = [[{"role": "user", "content": p}] for p in BUILT_IN_PROMPTS[:config.num_gen_samples]]
-        cases = [Case(Row(i, turns), "built-in", turns, None) for i, turns in enumerate(asked, 1)]
+    cases = with_calls([EvalSet("validation", str(path), cases)], chat)[0].cases
+    cases = cases or built_in().cases[:config.num_gen_samples]
     model = run.loss_model.causal_lm.eval()
+    if model.device.type != run.accelerator.device.type:
+        run.say("answers: on the CPU, where the model is whole")
     set_ordinary_attention(model)
     answers, texts = answer(model, chat, cases, Options(max_new_tokens=config.max_new_tokens), continued=True)
     lines = []

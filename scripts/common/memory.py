@@ -70,7 +70,7 @@ class Shape:
 def shape_of(config: object, vocabulary: int = 0) -> Shape:
     """The shape of a model's configuration; vocabulary: rows of the embeddings where the tokenizer brings more."""
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 1  # a state-space model has none: a rough shape
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return Shape(text.hidden_size, inner, text.num_hidden_layers, heads,
                  getattr(text, "num_key_value_heads", None) or heads,

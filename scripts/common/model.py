@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from common.chat import Chat, load_tokenizer
+from common.checkpoint import put_in_place
 from common.config import is_hub_name
 from common.faults import UserError
 from common.hub import local_model
@@ -205,8 +206,10 @@ def set_special_ids(model: PreTrainedModel, chat: Chat) -> None:
     model.config.eos_token_id = chat.eos_id
     model.generation_config.eos_token_id = chat.stop_ids if len(chat.stop_ids) > 1 else chat.stop_ids[0]
     spare = range(len(chat.tokenizer), model.get_input_embeddings().weight.shape[0])
-    if len(spare):  # rows without a token would decode to nothing
-        model.generation_config.suppress_tokens = list(spare)
+    # rows without a token would decode to nothing; what was spare before may be a token of this chat
+    wanted = {*chat.tokenizer.convert_tokens_to_ids(chat.added_tokens), *chat.stop_ids}
+    before = model.generation_config.suppress_tokens or []
+    model.generation_config.suppress_tokens = sorted({*before, *spare} - wanted) or None
 
 
 def compile_layers(model: PreTrainedModel) -> str:
@@ -214,8 +217,9 @@ def compile_layers(model: PreTrainedModel) -> str:
     layers = next((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), [])
     if not len(layers):
         raise UserError(f"--compile: no list of layers in a {model.config.model_type} model. Leave --compile out.")
-    if model.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise UserError("--compile: no C++ compiler (g++ or clang++) on this machine. Install one, or leave it out.")
+    named, usual = ("CXX", ("g++", "clang++")) if model.device.type == "cpu" else ("CC", ("gcc", "clang"))  # Triton's
+    if not any(map(shutil.which, (os.environ.get(named, usual[0]), *usual))):
+        raise UserError(f"--compile: no compiler ({' or '.join(usual)}) on this machine. Install one, or leave it out.")
     # the last layer has hooks that leave positions out (LastLayer): it must not run what was compiled for the others
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch._dynamo.config.force_nn_module_property_static_shapes = False  # nor be compiled anew for other positions
@@ -338,8 +342,7 @@ def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.d
     try:
         save_full(merged, work, dtype)
         chat.save(work)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(work, directory)
+        put_in_place(work, directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     saved = load_model(str(directory)).eval()

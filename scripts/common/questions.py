@@ -142,17 +142,23 @@ def texts_of(sets: Iterable[EvalSet], most: int = 200) -> list[str]:
 
 
 def train_answers(subject: Subject, say: Callable[[str], None]) -> Counter[str] | None:
-    """The short answers in the run's training files, counted; None if the run or its files are not there, or no longer
-    what they were."""
+    """The short answers in the run's training files, counted; None if there is no run or one of its files is not there,
+    or no longer what it was."""
     staged = [d["path"] for stage in subject.settings.get("stages") or [] for d in stage["datasets"]]
-    paths = [p for p in dict.fromkeys([*subject.settings.get("dataset_paths", []), *staged]) if Path(p).is_file()]
+    paths = dict.fromkeys([*subject.settings.get("dataset_paths", []), *staged])
+    if not all(Path(path).is_file() for path in paths):
+        return None
+    trained_on = subject.fingerprints
     found: Counter[str] = Counter()
     try:
         for path in paths:
-            for row in RowReader(path, skip_bad_rows=True, role_map=roles_of(subject)):
+            reader = RowReader(path, skip_bad_rows=True, role_map=roles_of(subject))
+            for row in reader:
                 case = make_case(row, "")
                 if case.context and is_short(case.reference):
                     found[case.reference.strip()] += 1
+            if reader.sha256 != trained_on.get(f"data {dataset_name(path)}"):
+                raise UserError(f"{path} is not what was trained on.")
     except (UserError, OSError) as fault:  # what was measured is worth more than this number
         say(f"most frequent answer: of the references, for the training rows cannot be read. {fault}")
         return None

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from common.chat import Chat
 from common.checkpoint import TrainState, check_space, checkpoints, read_state, save_checkpoint
 from common.config import differences, level, to_dict
 from common.data import Part, Parts
-from common.faults import UserError
+from common.faults import UserError, say
 from common.flops import Meter, make_meter
 from common.hub import commit_used
 from common.loss import LossModel
@@ -44,6 +43,7 @@ from common.model import (
 )
 from common.probe import choose_attention
 from common.ranks import Watch, on_main, start_processes
+from common.render import today
 from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes, write_status
 from common.settings import SftConfig
 from common.sharded import (
@@ -88,8 +88,7 @@ class Run:
     def say(self, *lines: str) -> None:
         """Print on the main process."""
         if self.main:
-            for line in lines:
-                print(line, flush=True)
+            say(*lines)
 
 
 def start(config: SftConfig, argv: list[str]) -> Run:
@@ -186,18 +185,20 @@ def describe_run(run: Run, material: Material, chat: Chat) -> dict:
             "processes": run.accelerator.num_processes, "mixed_precision": run.accelerator.mixed_precision,
             "fingerprints": fingerprints(material, chat, run.config),
             "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-            "command": ["03_sft.py", *run.argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            "command": ["03_sft.py", *run.argv],
+            "started": today().astimezone().strftime("%Y-%m-%dT%H:%M:%S%z")}  # what templates were told
 
 
 def check_unchanged(run: Run, new: dict, opened: Opened) -> None:
-    """Refuse to resume a run whose settings, data, tokenizer, model or precision changed (UserError with a table)."""
-    if opened.kind == "fresh" or not (run.directory / "run.json").exists():
+    """Refuse to go on with a run whose settings, data, tokenizer, model or precision changed (UserError with a table),
+    be it one that ended before its first checkpoint."""
+    if run.config.overwrite_output_dir or not (run.directory / "run.json").exists():
         return
     old = json.loads((run.directory / "run.json").read_text())
     launcher = [("mixed_precision", old["mixed_precision"], new["mixed_precision"])]
     refuse_changes(run.directory, differences(old["config"], new["config"], SftConfig),
                    [entry for entry in launcher if entry[1] != entry[2]],
-                   fingerprint_differences(old["fingerprints"], new["fingerprints"]))
+                   fingerprint_differences(old["fingerprints"], new["fingerprints"]), begun=opened.kind != "fresh")
 
 
 def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None = None) -> None:
@@ -223,6 +224,8 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
     run.say(f"model {config.source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
             f"({'LoRA' if config.use_lora else 'full'}{rounded}), precision {accelerator.mixed_precision}, "
             f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}")
+    if accelerator.device.type == "cuda" and accelerator.mixed_precision == "no":
+        run.say("note: in fp32 a GPU has neither flash-attn nor packed attention: --mixed_precision bf16 is faster")
     on_main(run.watch, lambda: check_space(run.directory, bytes_to_come(run)))
     if checkpoint and is_zero():
         read_whole(run, checkpoint)
@@ -286,7 +289,8 @@ def bytes_to_come(run: Run) -> int:
     states = 2 if config.optim == "adamw" else 0
     checkpoint = 4 * (trained if config.use_lora else total) + 4 * trained * states
     exported = 4 * trained if config.use_lora else total * run.export_dtype.itemsize
-    merged = total * run.export_dtype.itemsize if config.merge_adapters else 0
+    merged = total * saved_dtype(None, config.merge_dtype or str(run.export_dtype)[6:]).itemsize \
+        if config.merge_adapters else 0
     there = sum(f.stat().st_size for path in checkpoints(run.directory) for f in path.rglob("*") if f.is_file())
     return max(0, checkpoint * (config.save_total_limit + 2) - there) + exported + merged
 
@@ -439,9 +443,10 @@ def log_progress(run: Run, n_steps: int) -> Iterator[Callable]:
         if line:
             append_metrics(run.directory / "metrics.jsonl", line)
             if bar.disable:
-                print(_spoken(line, n_steps, state), flush=True)
+                say(_spoken(line, n_steps, state))
             elif "eval_loss" in line:
-                bar.write(_spoken(line, n_steps, state))
+                with bar.external_write_mode():
+                    say(_spoken(line, n_steps, state))
 
     try:
         yield progress

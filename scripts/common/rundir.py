@@ -209,7 +209,7 @@ def open_run_dir(output_dir: Path | str, resume: str | Path | None = None, overw
     if run_dir.is_dir():
         tidy(run_dir)
     opened = decide(run_dir, resume, overwrite)
-    named = resume not in (None, "auto") and opened.checkpoint is not None
+    named = resume not in (None, "auto") and opened.kind == "resume" and named_checkpoint(run_dir, Path(resume))
     if named:
         refuse_damaged(opened.checkpoint)
     elif opened.kind == "resume":
@@ -369,15 +369,18 @@ def fingerprint_differences(old: dict, new: dict) -> list[tuple[str, object, obj
             if old.get(name) != new.get(name)]
 
 
-def refuse_changes(run_dir: Path | str, *differences: list[tuple[str, object, object]]) -> None:
-    """UserError with a table of what differs from the run that is there; nothing if the lists are empty."""
+def refuse_changes(run_dir: Path | str, *differences: list[tuple[str, object, object]], begun: bool = True) -> None:
+    """UserError with a table of what differs from the run that is there; nothing if the lists are empty. begun: there
+    is a checkpoint."""
     rows = [(name, brief(old), brief(new)) for part in differences for name, old, new in part]
     if rows:
         rows.insert(0, ("", "the run", "now"))
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         table = "\n".join(f"  {name:<{widths[0]}}  {old:<{widths[1]}}  {new}".rstrip() for name, old, new in rows)
+        other = (f"another --output_dir with --init_from {run_dir} to train on from its weights" if begun else
+                 "--overwrite_output_dir to start anew: it has no checkpoint that can be used")
         raise UserError(f"{run_dir}: this is not the run that was started there.\n{table}\nGive the old values to "
-                        f"resume, or another --output_dir with --init_from {run_dir} to train on from its weights.")
+                        f"resume, or {other}.")
 
 
 def brief(value: object, most: int = 60) -> str:

@@ -251,6 +251,8 @@ class SftConfig:
         if self.init_from and self.model_path != self.init_from:
             notes.append(f"{place(self, 'model_path')} is not used: {place(self, 'init_from')} brings its model")
         give_way("max_steps", "num_train_epochs", -1)
+        give_way("overwrite_output_dir", "resume_from_checkpoint", False)
+        give_way("resume_from_checkpoint", "overwrite_output_dir", None)
         if level(self, "warmup_steps") != level(self, "warmup_ratio"):
             give_way("warmup_ratio", "warmup_steps", 0.0)
             give_way("warmup_steps", "warmup_ratio", 0)
@@ -392,7 +394,7 @@ def _lora_problems(c: SftConfig) -> list[str]:
     if c.use_lora:
         return []
     return [f"{place(c, name)}: there are no adapters, as {place(c, 'use_lora')} says. Leave out one of the two."
-            for name in ("merge_adapters", "load_in_4bit") if getattr(c, name)]
+            for name in ("merge_adapters", "merge_dtype", "load_in_4bit") if getattr(c, name)]
 
 
 def _model_problems(c: SftConfig) -> list[str]:
@@ -437,7 +439,7 @@ def _without_effect(c: SftConfig) -> list[str]:
     groups = (
         (adapters, c.use_lora, "there are no adapters to set. Leave out --no_lora or this"),
         (("revision",), is_hub_name(c.init_from or c.model_path), "the model is a directory here"),
-        (("merge_dtype",), c.use_lora and c.merge_adapters, "nothing is merged. Add --merge_adapters"),
+        (("merge_dtype",), c.merge_adapters, "nothing is merged. Add --merge_adapters"),
         (("adam_beta1", "adam_beta2", "adam_epsilon"), c.optim == "adamw", f"optim is {c.optim}. Use --optim adamw"),
         (("min_lr_ratio",), falling, f"{c.lr_scheduler_type} does not fall. Use cosine or linear"),
         (("pad_to_multiple_of",), not c.packing, "packed rows are not padded. Add --no_packing"),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ class Subject:
     run_dir: Path | None
     settings: dict
     commits: dict[str, str] = field(default_factory=dict)  # of what the run took from the Hub
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of what the run was made from
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def find_subject(path: str) -> Subject:
     inside = place.name == "merged" or place.name.startswith("checkpoint-")
     run_dir = next((p for p in (place, *([place.parent] if inside else [])) if (p / RUN).is_file()), None)
     said = json.loads((run_dir / RUN).read_text(encoding="utf-8")) if run_dir else {"config": {}}
-    return Subject(path, run_dir, said["config"], said.get("hub", {}))
+    return Subject(path, run_dir, said["config"], said.get("hub", {}), said.get("fingerprints", {}))
 
 
 def newest_run(root: Path) -> Path:
@@ -53,7 +55,8 @@ def newest_run(root: Path) -> Path:
     found = []
     for file in [*root.glob(f"*/{STATUS}"), *root.glob(f"*/*/{STATUS}")]:
         status = read_status(file.parent) or {}
-        if status.get("status") in DONE:
+        aside = re.search(r"^superseded-|\.old-", file.parent.name) or file.parent.parent.name.startswith("superseded-")
+        if status.get("status") in DONE and not aside:
             found.append((file.stat().st_mtime, file.parent))
     if not found:
         raise UserError(f"{root}: no finished run. Train one with scripts/03_sft.py, or give --model_path.")

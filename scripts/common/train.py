@@ -194,8 +194,9 @@ def evaluate_loss(accelerator: Accelerator, loss_model: LossModel, datasets: lis
         with accelerator.autocast():
             losses, _ = loss_model.token_losses(batch.to(accelerator.device))
         source = np.array([s for row in chosen for s, _ in row], np.int64)[batch.owners]
+        losses = losses.double().cpu().numpy()
         for s in np.unique(source):
-            own = losses.double().cpu().numpy()[source == s]
+            own = losses[source == s]
             sums[s] += own.sum(), own.size
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(torch.from_numpy(sums).to(accelerator.device)).cpu().numpy()

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from common import faults
 from common.checkpoint import checkpoints, verify
 from common.config import to_dict
 from common.faults import CheckFailed, Stopped
@@ -42,7 +43,7 @@ def verify_resume(config: SftConfig, stop: StopFlag, start: Start | None = None)
     scratch = Path(f"{Path(config.output_dir).absolute()}.verify-{os.environ.get('TORCHELASTIC_RUN_ID', '')[:8]}"
                    f"{os.getppid() if 'RANK' in os.environ else os.getpid()}")
     scratch.mkdir(parents=True, exist_ok=True)
-    say = (lambda line: print(line, flush=True)) if main else (lambda line: None)
+    say = faults.say if main else lambda *lines: None
     try:
         say(f"verifying in {scratch}: {STEPS} steps, uninterrupted")
         run(start, scratch, config, "a", 1, {})

@@ -49,7 +49,7 @@ def check_zero(config: SftConfig) -> None:
             (given("DEEPSPEED_ZERO3_INIT", "false") == "true", "zero3_init_flag", "Set it to false: new tokens and "
              "adapters are made on whole weights."),
             (given("DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false") == "true", "zero3_save_16bit_model", "Set it to false: "
-             "the final model has the dtype of the base or of --merge_dtype."),
+             "the final model has the dtype of the base."),
             (steps not in ("1", "auto"), f"gradient_accumulation_steps {steps}", "Leave it out there and give "
              "--gradient_accumulation_steps."),
             (clipping not in ("1.0", "auto") and float(clipping) != (config.max_grad_norm or 0),
