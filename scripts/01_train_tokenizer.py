@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import re
 import sys
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from common.checkpoint import atomic_write
 from common.config import parse, setting
 from common.faults import UserError, run_main, say
+from common.outputs import check_writable
 
 PIECE_OF_LINE = 2048  # characters: SentencePiece leaves out longer sentences, so long lines are cut at spaces
 HARD = ["a\n\n\tb", "  two  spaces  ", "\r\n", "naïve — “quotes”", "日本語", "e\u0301", "</s><s><pad><unk>", "<0x0A>",
@@ -100,6 +102,8 @@ def train(lines: list[str], vocab_size: int, model_type: str) -> bytes:
             required_chars=SPELLED if model_type == "unigram" else "",
             character_coverage=0.99995, max_sentence_length=16 * PIECE_OF_LINE)
     except RuntimeError as fault:
+        if "KeyboardInterrupt" in str(fault):
+            raise KeyboardInterrupt from None
         raise UserError(_too_large_or_small(str(fault), vocab_size, model_type)) from None
     return model.getvalue()
 
@@ -116,7 +120,12 @@ def _too_large_or_small(fault: str, vocab_size: int, model_type: str) -> str:
 
 def main(argv: list[str]) -> int:
     config = parse(TokenizerConfig, argv, __doc__, config_flag=None)
-    model_path = Path(config.output_prefix + ".model")
+    prefix = config.output_prefix.removesuffix(".model")
+    if not prefix or prefix.endswith(os.sep) or Path(prefix).is_dir():
+        raise UserError(f"--output_prefix {config.output_prefix}: a directory, not a name. Write "
+                        f"{os.path.join(prefix, 'spm')} for spm.model and spm.vocab.")
+    model_path = Path(prefix + ".model")
+    check_writable(model_path.parent, "--output_prefix")
     from sentencepiece import SentencePieceProcessor
 
     start = time.perf_counter()

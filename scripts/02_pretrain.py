@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from common.checkpoint import put_in_place
 from common.config import nearest, parse, setting
 from common.faults import NotFinite, UserError, run_main, say
+from common.outputs import check_replaceable, check_writable
 from common.structured import read_structured
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class PretrainConfig:
     batch_size: int = setting(16, "Windows of a step.", within="[1, inf)")
     sequence_length: int | None = setting(None, "Length of a window. Without it: the model's context.", unit="tokens",
                                           within="[2, inf)")
-    learning_rate: float = setting(1e-3, "Highest learning rate.", within="(0, inf)")
+    learning_rate: float = setting(1e-3, "Highest learning rate.", within="(0, 1]")
     min_lr_ratio: float = setting(0.1, "Where the cosine ends, as a share of learning_rate.", within="[0, 1]")
     warmup_ratio: float = setting(0.1, "Share of the steps in which the learning rate rises.", within="[0, 1)")
     weight_decay: float = setting(0.1, "Pull of the matrices towards zero.", within="[0, inf)")
@@ -82,9 +83,16 @@ def read_architecture(path: str, chat: Chat) -> LlamaConfig:
     special = {"vocab_size": len(chat.tokenizer), "bos_token_id": chat.bos_id, "eos_token_id": chat.eos_id,
                "pad_token_id": chat.pad_id}
     try:
-        return LlamaConfig(**{**values, **special})
-    except (StrictDataclassError, ValueError, TypeError) as fault:
+        found = LlamaConfig(**{**values, **special})
+    except (StrictDataclassError, LookupError, ArithmeticError, ValueError, TypeError) as fault:
         raise UserError(f"{path}: {str(fault).splitlines()[-1].strip():.200} Mend the file.") from None
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        if getattr(found, key) < 1:
+            raise UserError(f"{path}: {key} is {getattr(found, key)}. It has to be 1 or more.")
+    if found.num_attention_heads % found.num_key_value_heads:
+        raise UserError(f"{path}: num_attention_heads {found.num_attention_heads} is no multiple of "
+                        f"num_key_value_heads {found.num_key_value_heads}.")
+    return found
 
 
 def read_tokens(paths: list[str], chat: Chat) -> np.ndarray:
@@ -139,9 +147,10 @@ def train(model: PreTrainedModel, tokens: np.ndarray, config: PretrainConfig, le
             loss = cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()) * (len(part) / len(windows))
             loss.backward()
             losses[-1] += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not math.isfinite(losses[-1]):
-            raise NotFinite(f"step {step + 1}: loss {losses[-1]}. Nothing was written. Lower --learning_rate.")
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+        if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
+            raise NotFinite(f"step {step + 1}: loss {losses[-1]}, gradient norm {norm}. Nothing was written. Lower "
+                            "--learning_rate.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % config.logging_steps == 0 or step + 1 == config.max_steps:
@@ -149,6 +158,9 @@ def train(model: PreTrainedModel, tokens: np.ndarray, config: PretrainConfig, le
             recent = losses[-config.logging_steps:]
             say(f"step {step + 1}/{config.max_steps}  loss {sum(recent) / len(recent):.4f}  lr {rate:.2e}  "
                 f"{(step + 1) * config.batch_size * length / seconds:,.0f} tok/s  {seconds:.0f} s")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise NotFinite(f"step {config.max_steps}: its update left weights that are not finite. Nothing was written. "
+                        "Lower --learning_rate.")
 
 
 def learning_rate(config: PretrainConfig, step: int) -> float:
@@ -179,6 +191,9 @@ def main(argv: list[str]) -> int:
     if taken and not config.overwrite_output_dir:
         raise UserError(f"{output_dir}: something is there already. Choose another --output_dir, or replace it with "
                         "--overwrite_output_dir.")
+    if taken:
+        check_replaceable(output_dir)
+    check_writable(output_dir.parent, "--output_dir")
     import torch
     from transformers import LlamaForCausalLM
 
@@ -195,11 +210,15 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--sequence_length {length}: the model's context is {architecture.max_position_embeddings} "
                         f"tokens. Lower it, or raise max_position_embeddings in {config.config_path}.")
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(architecture)
+    try:
+        model = LlamaForCausalLM(architecture)
+    except (LookupError, ArithmeticError, RuntimeError, ValueError, TypeError) as fault:
+        raise UserError(f"{config.config_path}: no model can be made of it ({type(fault).__name__}: {fault!s:.150}). "
+                        "Mend the file.") from None
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # windows are short: 1.3 times the speed of sdpa, slow in bf16 here
     say(f"model     {architecture.num_hidden_layers} layers x {architecture.hidden_size}, "
-          f"{architecture.vocab_size:,} pieces, {sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M parameters")
+        f"{architecture.vocab_size:,} pieces, {sum(p.numel() for p in model.parameters()) / 1e6:,.2f} M parameters")
     if config.max_steps:
         tokens = read_tokens(config.input, chat)
         if len(tokens) <= length:
@@ -207,7 +226,7 @@ def main(argv: list[str]) -> int:
                             "or a smaller --sequence_length.")
         drawn = config.max_steps * config.batch_size * length
         say(f"text      {len(tokens) / 1e6:,.2f} M tokens; {config.max_steps:,} steps of {config.batch_size} x "
-              f"{length} take {drawn / 1e6:,.2f} M, {drawn / len(tokens):.2f} times the text")
+            f"{length} take {drawn / 1e6:,.2f} M, {drawn / len(tokens):.2f} times the text")
         train(model, tokens, config, length)
     save(model, chat, output_dir)
     say(f"wrote     {output_dir}")

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 from common.config import is_hub_name, parse
 from common.faults import RankLost, Stopped, UserError, run_main
 from common.hub import check_push, needed, resolve
+from common.outputs import check_no_input, check_writable
+from common.rundir import holds_run
 from common.settings import SftConfig
 from common.signals import StopFlag, launched
 from common.trackers import check_installed
@@ -101,7 +103,9 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
 
     fetch_all(run, weights=True)
     with opened_directory(run, chat, material) as opened:
-        if opened.kind != "finished":
+        if opened.kind == "finished":
+            run.say(*not_done(config))
+        else:
             load_run(run, chat, material, opened.checkpoint)
             train(run, chat, material, stop)
             leave.leave_model(run, chat, material)
@@ -229,6 +233,16 @@ def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
                               f"Go on with: {resume_command(run)}")
 
 
+def not_done(config: SftConfig) -> list[str]:
+    """What is asked of a finished run that another script does."""
+    place, lines = Path(config.output_dir), []
+    if config.merge_adapters and not (place / "merged").is_dir():
+        lines.append(f"--merge_adapters: python scripts/04_merge_lora.py --model_path {place} merges it")
+    if config.do_gen_test and not (place / "samples.jsonl").is_file():
+        lines.append(f"--do_gen_test: python scripts/06_eval_sft.py --model_path {place} --gen_only answers")
+    return lines
+
+
 def resume_command(run: Run) -> str:
     """The command that continues this run."""
     from common.ranks import launcher_words, typed_launch
@@ -261,6 +275,17 @@ def check_files(config: SftConfig) -> None:
         there = "does not exist" if len(missing) == 1 else "do not exist"
         raise UserError(f"{', '.join(missing)}: {there}. Make data sets with scripts/prepare_sft_datasets.py, or check "
                         "the path.")
+    place = Path(config.output_dir)
+    check_writable(place, "--output_dir")
+    inputs = [path for path in (*named, config.model_path, config.init_from, config.tokenizer_path) if path]
+    for name in ("val.jsonl", "test.jsonl", "samples.jsonl", "metrics.jsonl"):
+        check_no_input(place / name, "--output_dir", inputs)
+    held = [path for path in inputs if place.resolve() in Path(path).resolve().parents and Path(path).exists()]
+    if held and config.overwrite_output_dir and holds_run(place):
+        raise UserError(f"--overwrite_output_dir: it would move {held[0]}, which this run reads, aside. Choose another "
+                        "--output_dir.")
+    if config.export_rendered:
+        check_no_input(Path(config.export_rendered), "--export_rendered", inputs)
     if needed(config) and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ask once they have met (fetch_all)
         config.commits = resolve(config)
     if config.push_to_hub and not config.dry_run and not config.verify_resume:

@@ -15,10 +15,16 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.config import parse, setting
 from common.faults import UserError, run_main, say
 from common.hub import check_push, hub_card, push
+from common.outputs import check_replaceable, check_writable
+from common.settings import TEMPLATES
+
+if TYPE_CHECKING:
+    from common.chat import Chat
 
 
 @dataclass
@@ -30,6 +36,8 @@ class MergeConfig:
     output_dir: str | None = setting(None, "Where the merged model goes. Without it: MODEL_PATH/merged.", path=True)
     merge_dtype: str | None = setting(None, "Precision of the merged weights. Without it: the base's.",
                                       choices=("float32", "bfloat16", "float16"))
+    prompt_template: str | None = setting(None, "Template of an adapter of another origin that brings none: a name or "
+                                          "a file, as 03_sft.py takes it.", path=True, words=TEMPLATES)
     push_to_hub: str | None = setting(
         None, "Push the merged model to this repository of the Hub; a new one is private. Without a value: one of "
         "yours, called like the run.", words=("auto",), bare="auto")
@@ -55,17 +63,17 @@ def main(argv: list[str]) -> int:
     if output.exists():
         check_replaceable(output, run)
 
+    check_writable(output.parent, "--output_dir")
     repo = check_push(config.push_to_hub, str(run)) if config.push_to_hub else None
-    from common.chat import load_saved_chat
     from common.model import load_model, merge_and_save, quiet_libraries, saved_dtype
 
     quiet_libraries()
-    chat = load_saved_chat(str(run))
+    chat = chat_of(run, config.prompt_template)
     model = load_model(str(run), dtype="auto")
     dtype = saved_dtype(model.config, config.merge_dtype)
     found = merge_and_save(model.float(), chat, output, dtype, prompts(run, chat))
     say(f"{output}: merged model ({found['dtype']}); largest logit difference to the adapter {found['fp32']:.1e} in "
-          f"fp32, {found['saved']:.1e} as saved, of logits up to {found['largest']:.0f}")
+        f"fp32, {found['saved']:.1e} as saved, of logits up to {found['largest']:.0f}")
     if repo:
         file, again = run / "README.md", shlex.join(["python", "scripts/04_merge_lora.py", *argv, *(
             [] if config.overwrite_output_dir else ["--overwrite_output_dir"])])
@@ -74,13 +82,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def check_replaceable(output: Path, run: Path) -> None:
-    """UserError where --overwrite_output_dir would remove more than a merged model."""
-    names = {path.name for path in output.iterdir()} if output.is_dir() else {"a file"}
-    holds_run = output.resolve() in (run.resolve(), *run.resolve().parents)
-    if holds_run or names & {"run.json", "adapter_config.json"} or (names and "config.json" not in names):
-        raise UserError(f"{output}: it holds something else than a merged model, and --overwrite_output_dir would "
-                        "remove that. Name another --output_dir.")
+def chat_of(run: Path, template: str | None) -> Chat:
+    """Tokenizer and template of a run, or of an adapter of another origin that brings no template."""
+    from common.chat import load_chat, load_saved_chat
+
+    if template is None:
+        return load_saved_chat(str(run))
+    chat = load_chat(str(run), template)
+    if chat.added_tokens:
+        raise UserError(f"--prompt_template {template}: the model does not know its tokens "
+                        f"{' '.join(chat.added_tokens)}. Give the template that the adapter was trained with.")
+    return chat
 
 
 def prompts(run: Path, chat: object) -> list[list[int]]:

@@ -31,6 +31,7 @@ from common import faults
 from common.config import is_hub_name, level, parse, setting
 from common.faults import CheckFailed, UserError, run_main
 from common.hub import local_rows
+from common.outputs import check_no_input, check_writable
 from common.settings import TEMPLATES
 
 if TYPE_CHECKING:
@@ -201,6 +202,7 @@ def compare_runs(config: EvalConfig, team: Team, say: Say) -> None:
     from common.tables import comparison_table
 
     config.model_path = config.compare[0]
+    check_output(config)
     subjects = [find_subject(path) for path in config.compare]
     check_same_rows(subjects, config.dataset_paths)
     sets = rows_of(config, subjects[0], say)
@@ -296,6 +298,8 @@ def find(config: EvalConfig, say: Say) -> Subject:
     if not config.model_path:
         config.model_path = str(newest_run(RUNS))
         say(f"model {config.model_path}, the newest finished run")
+    if not (config.chat or config.golden):  # these leave nothing
+        check_output(config)
     return find_subject(config.model_path)
 
 
@@ -374,6 +378,18 @@ def measure_baseline(config: EvalConfig, other: Baseline, tuned: Chat, system_pr
 
 
 # ---- results
+
+def check_output(config: EvalConfig) -> None:
+    """Results go where they can be written, over no run and no file that is read."""
+    place = output_dir(config)
+    check_writable(place, "--output_dir")
+    if (place / "run.json").exists():
+        raise UserError(f"--output_dir {place}: it holds a run, whose report and answers would be replaced. Choose "
+                        f"another, or leave it out: then it is eval/ in the model's directory.")
+    for name in ("predictions.jsonl", "samples.jsonl", "gen_samples.jsonl"):
+        check_no_input(place / name, "--output_dir", [*config.dataset_paths, *filter(None, (config.predict,
+                                                                                            config.golden))])
+
 
 def output_dir(config: EvalConfig) -> Path:
     """--output_dir, else eval/ in the model's directory; for a Hub id checkpoints/eval/<id>."""

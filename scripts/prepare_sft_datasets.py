@@ -35,6 +35,7 @@ from common.config import nearest, parse, setting
 from common.faults import UserError, run_main, say
 from common.logs import LOG_FORMS, Filters, LogReader, default_folder, log_files
 from common.oasst import TreeReader
+from common.outputs import check_no_input
 from common.render import PLAIN_KEYS
 from common.rows import Row, RowReader, row_to_json
 from common.settings import TEMPLATES
@@ -192,6 +193,7 @@ def from_files(found: Collected, spec: Spec, config: Config) -> None:
         files, line = hub_files(spec, ROOT / "data" / "cache")
     say(line)
     for path in files:
+        check_no_input(Path(config.output_dir) / found.name, "--output_dir", [path])
         reader = open_reader(spec, path, config, found.changed)
         for row in reader:
             found.add(to_output(row, spec))

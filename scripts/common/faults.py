@@ -1,7 +1,7 @@
 """How a script ends: one sentence, one exit status, nothing lost.
 
 0 done · 1 a check failed · 2 the user can mend it · 3 the loss or a gradient was not finite · 70 a rank died or hung ·
-74 disk or I/O · 75 stopped by a signal or a time limit after saving a checkpoint.
+74 disk or I/O · 75 stopped by a signal or a time limit after saving a checkpoint · 130 Ctrl-C where nothing is saved.
 """
 from __future__ import annotations
 
@@ -72,6 +72,9 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
         name = {2: "error", 75: "stopped"}.get(fault.status, type(fault).__name__)
         print(f"{name}: {fault}", file=sys.stderr)
         return fault.status
+    except KeyboardInterrupt:
+        print("stopped: by Ctrl-C; what was not finished was not written", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         _unread()
         print("disk or I/O error: whoever read the output has left", file=sys.stderr)

@@ -31,6 +31,7 @@ from common.order import Stream, exact, largest_remainder, pack, shuffled, stabl
 PASS, SUBSET, MIX, ROWS = 1, 2, 3, 4  # purposes: the second number of every seed, so that no two orders share a stream
 FORMAT = 1  # part of the fingerprint: raise it when the same input gives another order
 CHUNK = 1 << 20  # draws looked at together in a summary
+MOST_DRAWS = 2**30  # 4 to 8 bytes each
 WEIGHT_UNITS = ("examples", "tokens", "trained_tokens")
 
 
@@ -100,6 +101,7 @@ def make_plan(sources: list[Source], stages: list[Stage], *, max_seq_length: int
     assert rows_per_step > 0 and seed >= 0 and weight_unit in WEIGHT_UNITS, (rows_per_step, seed, weight_unit)
     _check_stages(sources, stages)
     _check_examples(sources, stages, max_seq_length, weight_unit)
+    _check_size(sources, stages, rows_per_step, max_steps)
     starts = np.cumsum([0, *(len(source.lengths) for source in sources)])
     lengths = np.concatenate([np.asarray(source.lengths, np.int32) for source in sources])
     trained = np.concatenate([np.asarray(source.trained, np.int32) for source in sources])
@@ -132,6 +134,20 @@ def make_plan(sources: list[Source], stages: list[Stage], *, max_seq_length: int
                 max_seq_length, packing, rows_per_step, weight_unit)
     plan.check_steps()
     return plan
+
+
+def _check_size(sources: list[Source], stages: list[Stage], rows_per_step: int, max_steps: int) -> None:
+    """UserError for a slipped digit, before memory is full of draws: at least so many examples would be drawn."""
+    drawn = 0.0
+    for stage in stages:
+        taken = stage.n_samples or [None] * len(stage.sources)
+        each = sum(n or len(sources[i].lengths) for n, i in zip(taken, stage.sources))
+        by_step = [steps * rows_per_step for steps in (stage.until_step, max_steps) if steps is not None and steps >= 0]
+        by_epochs = [] if stage.epochs is None or (max_steps >= 0 and len(stages) == 1) else [stage.epochs * each]
+        drawn += min([*by_step, *by_epochs], default=0)
+    if drawn > MOST_DRAWS:
+        raise UserError(f"The plan would draw {drawn:,.0f} examples or more, and {MOST_DRAWS:,} are the most that are "
+                        "planned. Lower num_train_epochs, max_steps or the stages' steps.")
 
 
 def _dtype_to(n: int) -> type:
