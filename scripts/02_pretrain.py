@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from common.chat import Chat
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "max_position_embeddings")
 GPU_LOGITS = 1 << 28  # as LOGITS, on a GPU, which would wait between small passes
 LOGITS = 1 << 26  # of a forward pass, 270 MB in fp32: 16 windows of 1,024 tokens at 32k pieces took 15 GB at once
 CHUNK = 1 << 16  # characters the tokenizer is given at once; files are cut at ends of lines
@@ -80,15 +82,15 @@ def read_architecture(path: str, chat: Chat) -> LlamaConfig:
                             + (f" Did you mean {close}?" if close else ""))
     if values.pop("model_type", "llama") != "llama":
         raise UserError(f"{path}: model_type: only llama is made here. Bring other models in Hugging Face form.")
+    for key in SIZES:
+        if type(size := values.get(key, 1)) is not int or size < 1:
+            raise UserError(f"{path}: {key} is {size!r}. It has to be a whole number of 1 or more.")
     special = {"vocab_size": len(chat.tokenizer), "bos_token_id": chat.bos_id, "eos_token_id": chat.eos_id,
                "pad_token_id": chat.pad_id}
     try:
         found = LlamaConfig(**{**values, **special})
-    except (StrictDataclassError, LookupError, ArithmeticError, ValueError, TypeError) as fault:
+    except (StrictDataclassError, LookupError, ValueError, TypeError) as fault:
         raise UserError(f"{path}: {str(fault).splitlines()[-1].strip():.200} Mend the file.") from None
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-        if getattr(found, key) < 1:
-            raise UserError(f"{path}: {key} is {getattr(found, key)}. It has to be 1 or more.")
     if found.num_attention_heads % found.num_key_value_heads:
         raise UserError(f"{path}: num_attention_heads {found.num_attention_heads} is no multiple of "
                         f"num_key_value_heads {found.num_key_value_heads}.")
