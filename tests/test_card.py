@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import write_rows
 
-from common.card import is_hub_id, metadata, model_card, modelfile
+from common.card import base_licence, is_hub_id, metadata, model_card, modelfile
 from common.chat import Chat, load_chat
 from common.checkpoint import TrainState
 from common.settings import SftConfig
@@ -87,7 +87,8 @@ def test_a_licence_is_named_only_where_all_agree(tmp_path: Path, base: str | Non
     if base:
         (tmp_path / "README.md").write_text(f"---\nlicense: {base}\n---\n# base\n")
     config = vars(SftConfig(model_path=str(tmp_path), use_lora=False))
-    found = metadata("run", config, str(tmp_path), {str(i): {"licence": name} for i, name in enumerate(licences)}, {})
+    data = {str(i): {"licence": name} for i, name in enumerate(licences)}
+    found = metadata("run", config, str(tmp_path), base_licence(str(tmp_path)), data, {})
     assert f"license: {expected}\n" in found and "base_model" not in found  # a directory is no name on the Hub
 
 

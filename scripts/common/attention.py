@@ -206,6 +206,11 @@ def _varlen_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bo
                        window_size=(window - 1, 0) if window else (-1, 0), **gqa)
 
 
+def causal_lm_of(model: nn.Module) -> nn.Module:
+    """The causal language model itself, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def set_ordinary_attention(model: nn.Module) -> None:
     """Set a model to transformers' own attention: sdpa, or eager where the model has no sdpa (Gemma 2, gpt-oss)."""
     try:

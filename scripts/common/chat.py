@@ -25,7 +25,7 @@ import numpy as np
 from common.faults import UserError
 from common.hub import local_model
 from common.layout import Fixed, Layout, Layouts, boundary_texts, cut_at
-from common.render import Structure, Template, today
+from common.render import PROBE, Structure, Template, today
 from common.spm import SentencePiece, to_fast
 from common.template_file import TemplateFile, facts, read_template_file, to_jinja
 from common.words import Words, of_fast
@@ -81,8 +81,7 @@ class Chat:
         self._never_from_text[list(never)] = True
         self._template = Template(self.template_name, self.template, self._controls, tokenizer.special_tokens_map,
                                   trusted=self.template_name in BUILT_IN)
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        before, prompt = self._template.before_answer(probe)
+        before, prompt = self._template.before_answer
         # "Assistant: " ends in a space that tokenizers join with the answer's first word. The generation prompt stops
         # before it, and the joined token counts as part of the answer.
         self._space_joins = prompt != before and prompt == before.rstrip(" ")
@@ -90,12 +89,12 @@ class Chat:
             self.notes.append(f"template {self.template_name}: it asks for an answer with {prompt[-40:]!r}, but in a "
                               f"conversation an answer comes after {before[-40:]!r}: the model will be asked otherwise "
                               "than it is trained")
-        self.end_id = self._end_of_turn(probe)
+        self.end_id = self._end_of_turn()
         self.stop_ids = list(dict.fromkeys([self.end_id, self.eos_id]))
 
-    def _end_of_turn(self, probe: list[dict]) -> int:
-        answer = [p for p in self._template.follow(probe)[0].pieces if p.turn is not None]
-        if any(probe[p.turn]["role"] != "assistant" for p in answer):
+    def _end_of_turn(self) -> int:
+        answer = [p for p in self._template.follow([*PROBE])[0].pieces if p.turn is not None]
+        if any(PROBE[p.turn]["role"] != "assistant" for p in answer):
             raise UserError(f"template {self.template_name}: it marks a user's text as trained. Put the marks around "
                             "the assistant's text alone; --train_on_prompt trains everything.")
         if not answer or answer[-1].control is None:

@@ -77,19 +77,16 @@ class Setting:
         return [f"--{self.name}"] + ([f"--{self.flag_off or 'no_' + self.name}"] if self.base is bool else [])
 
 
-def setting(default: Any, help: str, *, unit: str = "", choices: tuple = (), nargs: bool = False,
-            flag_off: str | None = None, path: bool | str = False, resume: str = "fixed", group: str = "",
-            words: tuple = (), suffixes: tuple = (), within: str = "", bare: str | None = None,
-            required: bool = False, action: bool = False, file_only: bool = False) -> Any:
-    """A dataclass field with its meaning; see `Setting` for the keywords. A `group` lasts until the next one named.
-
-    `nargs` is implied by a `list[...]` annotation.
-    """
+def setting(default: Any, help: str, *, unit: str = "", choices: tuple = (), flag_off: str | None = None,
+            path: bool | str = False, resume: str = "fixed", group: str = "", words: tuple = (),
+            suffixes: tuple = (), within: str = "", bare: str | None = None, required: bool = False,
+            action: bool = False, file_only: bool = False) -> Any:
+    """A dataclass field with its meaning; see `Setting` for the keywords. A `group` lasts until the next one named."""
     assert resume in ("fixed", "free"), resume
     meta = {"help": help, "unit": unit, "choices": tuple(choices), "flag_off": flag_off, "path": path, "resume": resume,
             "group": group, "words": tuple(words), "suffixes": tuple(suffixes), "within": within, "bare": bare,
             "required": required, "action": action, "file_only": file_only}
-    metadata = {"setting": meta, "nargs": nargs}
+    metadata = {"setting": meta}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -113,7 +110,7 @@ def settings_of(cls: type) -> dict[str, Setting]:
         base = (typing.get_args(lists[0]) or (str,))[0] if lists else min(plain, key=lambda kind: kind is str)
         assert base in NAMES_OF_TYPES or dataclasses.is_dataclass(base), f"{field.name}: {base} is no type of a setting"
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        table[field.name] = Setting(field.name, base, bool(lists) or field.metadata["nargs"], type(None) in kinds,
+        table[field.name] = Setting(field.name, base, bool(lists), type(None) in kinds,
                                     default, **meta)
     return table
 

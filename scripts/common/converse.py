@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from common.attention import causal_lm_of
 from common.faults import UserError
 from common.generate import Generated, context_limit, generate
 
@@ -54,7 +55,7 @@ def reply(model: nn.Module, chat: Chat, messages: list[dict], options: Options, 
     except UserError as fault:
         print(f"error: {fault}", flush=True)
         return None
-    limit = context_limit(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    limit = context_limit(causal_lm_of(model))
     if limit is not None and len(prompt) >= limit:
         print(f"(the context is full: {len(prompt):,} of {limit:,} tokens. /reset begins anew)", flush=True)
         return None

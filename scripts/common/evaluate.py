@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.attention import causal_lm_of
 from common.chat import Chat, Encoded
 from common.data import prompt_hash
 from common.faults import NotFinite
@@ -170,7 +171,7 @@ def measure(model: nn.Module, chat: Chat, cases: list[Case], options: Options, *
 def measure_all(model: nn.Module, chat: Chat, sets: list[EvalSet], options: Options, who: str,
                 say: Callable[[str], None], plain: bool = False) -> list[Measured]:
     """Measure a model on every set; `who` it is goes into the log."""
-    context = context_limit(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    context = context_limit(causal_lm_of(model))
     found = []
     for s in sets:
         started = time.time()

@@ -1,7 +1,6 @@
 """--explain_step N: what an optimizer step learnt from, from the plan alone, also long after the run."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from common.material import Material
 from common.model import add_tokens, find_model, load_model
 from common.probe import choose_attention
 from common.run import Run, fingerprints
-from common.rundir import fingerprint_differences, refuse_changes
+from common.rundir import fingerprint_differences, read_run, refuse_changes
 from common.settings import SftConfig
 from common.sharded import has_shards
 
@@ -29,8 +28,7 @@ def explain_step(run: Run, chat: Chat, material: Material) -> list[str]:
     step, plan, config = run.config.explain_step, material.plan, run.config
     if step > plan.n_steps:
         raise UserError(f"--explain_step {step:,}: the plan has {plan.n_steps:,} steps.")
-    if (run.directory / "run.json").exists():
-        old = json.loads((run.directory / "run.json").read_text())
+    if old := read_run(run.directory):
         refuse_changes(run.directory, differences(old["config"], to_dict(config), SftConfig),
                        fingerprint_differences(old["fingerprints"], fingerprints(material, chat, config)))
     rows = plan.step_rows(step - 1)

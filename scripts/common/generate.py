@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from common.attention import set_ordinary_attention
+from common.attention import causal_lm_of, set_ordinary_attention
 from common.faults import NotFinite, UserError
 
 # Parameters, and parameters times tokens of a forward pass: what is below both does not pay for waking a second thread
@@ -69,7 +69,7 @@ def generate(model: nn.Module, prompts: list[list[int]], *, max_new_tokens: int 
     (embedding rows without a token) are never produced. `progress(n)` is told how many prompts have just been answered,
     heard(i, token) each token as it is written. Raises NotFinite for NaN logits.
     """
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = causal_lm_of(model)
     if not {"past_key_values", "attention_mask"} <= _accepted(causal_lm):
         raise UserError(f"model {model.config.model_type}: it has no key/value cache, and answers are written with "
                         "one. Take a model with attention.")
@@ -117,7 +117,7 @@ def ordinary_attention(causal_lm: nn.Module) -> Iterator[None]:
 @contextmanager
 def fitting_threads(model: nn.Module) -> Iterator[None]:
     """On a CPU, one thread for what is little work of a small model."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = causal_lm_of(model)
     threads, size = torch.get_num_threads(), sum(p.numel() for p in causal_lm.parameters())
     if next(causal_lm.parameters()).device.type != "cpu" or size >= SMALL:
         yield

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from common.config import HUB_NAME, is_hub_name
 from common.faults import UserError
 from common.ranks import is_alive
+from common.rundir import earlier_run
 from common.settings import SftConfig, dataset_name
 
 if TYPE_CHECKING:
@@ -78,9 +79,7 @@ def resolve(config: SftConfig) -> dict[str, str]:
 
     Raises UserError within seconds for what is not there, may not be read or cannot be reached.
     """
-    run, known = Path(config.output_dir, "run.json"), {}
-    if (config.resume_from_checkpoint or config.explain_step) and run.is_file():
-        known = json.loads(run.read_text(encoding="utf-8")).get("hub", {})
+    known = (earlier_run(config) or {}).get("hub", {})
     return {str(ref): known.get(str(ref)) or commit_of(ref) for ref in needed(config).values()}
 
 

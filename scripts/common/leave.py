@@ -23,15 +23,16 @@ from common.material import Material
 from common.model import load_model, merge_and_save, sample_prompts, saved_dtype
 from common.rows import RowReader
 from common.run import Run, read_weights, write_model
+from common.rundir import read_run
 from common.sharded import is_sharded, whole_model
 from common.zero import is_zero
 
 
 def leave_plan(run: Run, described: dict, material: Material) -> None:
     """run.json, plan.json, val.jsonl and test.jsonl, before the first step. Main process only."""
-    file = run.directory / "run.json"
-    begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    atomic_json(file, {**described, **begun, "config": described["config"]})  # free settings may have changed
+    begun = read_run(run.directory) or {}
+    # free settings may have changed
+    atomic_json(run.directory / "run.json", {**described, **begun, "config": described["config"]})
     atomic_json(run.directory / "plan.json", {**material.plan.summary(), "notes": material.split.notes,
                                               "data": {d.name: d.meta for d in material.datasets}})
     options = {"skip_bad_rows": run.config.skip_bad_rows, "role_map": material.datasets[0].meta["key"]["role_map"]}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.attention import PACKED, count_kept
+from common.attention import PACKED, causal_lm_of, count_kept
 from common.chat import Encoded
 from common.head import HeadLoss, LastLayer, chunks, logits_of, matrix_of, trained_rows
 
@@ -111,7 +111,7 @@ class LossModel(nn.Module):
 
     @property
     def causal_lm(self) -> nn.Module:
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return causal_lm_of(self.model)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor,
                 targets: torch.Tensor, bounds: torch.Tensor, longest: int) -> torch.Tensor:

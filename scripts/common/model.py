@@ -18,10 +18,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from common.attention import causal_lm_of
 from common.chat import Chat, load_tokenizer
 from common.checkpoint import put_in_place
 from common.config import is_hub_name
 from common.faults import UserError
+from common.forked import cores
 from common.hub import local_model
 
 if TYPE_CHECKING:
@@ -36,8 +38,7 @@ def use_cores(processes: int) -> list[str]:
 
     Returns a line for the log if it did. With several processes on this machine each gets its share of the cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // processes)
+    threads = max(1, cores() // processes)
     untouched = os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_DYNAMO_BACKEND" in os.environ
     if torch.cuda.is_available() or not untouched or threads == torch.get_num_threads():
         return []
@@ -356,8 +357,7 @@ def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.d
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def _logits(model: nn.Module, samples: list[list[int]]) -> list[torch.Tensor]:
-    model.set_attn_implementation("eager") if isinstance(model, PreTrainedModel) else \
-        model.get_base_model().set_attn_implementation("eager")
+    causal_lm_of(model).set_attn_implementation("eager")
     device = next(model.parameters()).device
     inputs = [torch.tensor([ids], device=device) for ids in samples]
     return [model(input_ids=ids, use_cache=False).logits.float().cpu() for ids in inputs]

@@ -5,6 +5,7 @@ import json
 from tempfile import TemporaryDirectory
 
 from common.chat import Chat
+from common.render import as_written
 from common.rows import Row
 from common.spm import prove_equal
 
@@ -28,8 +29,8 @@ def prove(chat: Chat, rows: list[Row]) -> dict[str, int]:
         hostile = chat.control_pattern.search(json.dumps([row.messages, row.tools], ensure_ascii=False))
         if row.messages is None or hostile:
             continue
-        plain = [{k: v for k, v in m.items() if k != "train" and v is not None} for m in row.messages]
-        served = chat.tokenizer.apply_chat_template(plain, tools=row.tools, tokenize=True)["input_ids"]
+        turns = as_written(row.messages)
+        served = chat.tokenizer.apply_chat_template(turns, tools=row.tools, tokenize=True)["input_ids"]
         found["template_rows"] += 1
         found["template_differs"] += list(served) != encoded.input_ids.tolist()
     return found

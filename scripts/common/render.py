@@ -23,6 +23,7 @@ PLACEHOLDER = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}")
 REMEMBERED = 10_000  # structures; rows with tool calls are rarely alike and must not be kept for ever
 _today: datetime | None = None  # what templates are told, instead of the time (`set_today`)
 PLAIN_KEYS = frozenset(("role", "content", "train"))
+PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})  # shows how an answer is asked for
 
 
 @dataclass(slots=True, frozen=True)
@@ -91,26 +92,25 @@ class Template:
         contents = [m["content"] or "" for m in messages]
         if self.trusted:
             return self._structure(messages, tools, generation_prompt, False), contents
-        truth = self.render([{k: v for k, v in m.items() if k != "train"} for m in messages], tools, generation_prompt)
+        truth = self.render(as_written(messages), tools, generation_prompt)
         for hold_empty in (True, False):  # a template may ask whether there is a content
             structure = self._structure(messages, tools, generation_prompt, hold_empty)
             found = _follow(structure, truth, contents)
             if found is not None:
                 return structure, found
         apart = [_thought_apart(m) for m in messages]
-        if apart != messages and self.render([{k: v for k, v in m.items() if k != "train"} for m in apart], tools,
-                                             generation_prompt) == truth:
+        if apart != messages and self.render(as_written(apart), tools, generation_prompt) == truth:
             return self.follow(apart, tools, generation_prompt)
         changed = next((text for text in contents if text.strip() not in truth), contents[0])
         raise UserError(f"template {self.name}: it changes the text of a message ({changed!r:.60} …) in a way that "
                         "cannot be followed token by token. Use a template that inserts contents as they are.")
 
-    def before_answer(self, messages: list[dict]) -> tuple[str, str]:
-        """What stands before the last message's content in the whole conversation, and the generation prompt that
-        asks for it, both with placeholders."""
-        shape = _shape(messages, self.control_pattern, [], True)
-        whole = self.render(shape)
-        return whole.partition(f"{OPEN}{len(messages) - 1}{CLOSE}")[0], self.render(shape[:-1], None, True)
+    @cached_property
+    def before_answer(self) -> tuple[str, str]:
+        """What stands before the answer in the whole of PROBE, and the generation prompt that asks for it, both with
+        placeholders."""
+        shape = _shape([*PROBE], self.control_pattern, [], True)
+        return self.render(shape).partition(f"{OPEN}1{CLOSE}")[0], self.render(shape[:-1], None, True)
 
     def _structure(self, messages: list[dict], tools: list | None, generation_prompt: bool,
                    hold_empty: bool) -> Structure:
@@ -178,8 +178,7 @@ class Template:
     def lead_in(self) -> str:
         """What the template writes between generation prompt and answer, as Qwen3's does (an empty thought): the model
         has to say it, so it is trained."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        before, prompt = self.before_answer(probe)
+        before, prompt = self.before_answer
         said = before[len(prompt):] if before.startswith(prompt) else ""
         return said if said.strip() else ""
 
@@ -304,6 +303,11 @@ def _follow(structure: Structure, truth: str, contents: list[str]) -> list[str] 
             found[int(mark)] = way
         at += len(way) + len(text)
     return found if at == len(truth) else None
+
+
+def as_written(messages: list[dict]) -> list[dict]:
+    """Messages as a template sees them: without "train", which is for us."""
+    return [{k: v for k, v in m.items() if k != "train"} for m in messages]
 
 
 def today() -> datetime:

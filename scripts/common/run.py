@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from common.attention import causal_lm_of
 from common.chat import Chat
 from common.checkpoint import TrainState, check_space, checkpoints, read_state, save_checkpoint
 from common.config import differences, level, to_dict
@@ -44,7 +45,15 @@ from common.model import (
 from common.probe import choose_attention
 from common.ranks import Watch, on_main, start_processes
 from common.render import today
-from common.rundir import Opened, append_metrics, fingerprint_differences, refuse_changes, write_status
+from common.rundir import (
+    Opened,
+    append_metrics,
+    earlier_run,
+    fingerprint_differences,
+    read_run,
+    refuse_changes,
+    write_status,
+)
 from common.settings import SftConfig
 from common.sharded import (
     check_head,
@@ -103,16 +112,15 @@ def start(config: SftConfig, argv: list[str]) -> Run:
 def rows_per_step(run: Run) -> int:
     """Rows of the global batch. A resumed run keeps the one it was started with, whatever the number of processes."""
     config = run.config
-    if (config.resume_from_checkpoint or config.explain_step) and (run.directory / "run.json").exists():
-        return json.loads((run.directory / "run.json").read_text())["rows_per_step"]
+    if earlier := earlier_run(config):
+        return earlier["rows_per_step"]
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * run.accelerator.num_processes
 
 
 def first_start(run: Run) -> datetime:
     """When the run was started first."""
-    if (run.config.resume_from_checkpoint or run.config.explain_step) and (run.directory / "run.json").exists():
-        started = json.loads((run.directory / "run.json").read_text())["started"]
-        return datetime.strptime(started, "%Y-%m-%dT%H:%M:%S%z")
+    if earlier := earlier_run(run.config):
+        return datetime.strptime(earlier["started"], "%Y-%m-%dT%H:%M:%S%z")
     return datetime.now()
 
 
@@ -192,9 +200,9 @@ def describe_run(run: Run, material: Material, chat: Chat) -> dict:
 def check_unchanged(run: Run, new: dict, opened: Opened) -> None:
     """Refuse to go on with a run whose settings, data, tokenizer, model or precision changed (UserError with a table),
     be it one that ended before its first checkpoint."""
-    if run.config.overwrite_output_dir or not (run.directory / "run.json").exists():
+    old = None if run.config.overwrite_output_dir else read_run(run.directory)
+    if old is None:
         return
-    old = json.loads((run.directory / "run.json").read_text())
     launcher = [("mixed_precision", old["mixed_precision"], new["mixed_precision"])]
     refuse_changes(run.directory, differences(old["config"], new["config"], SftConfig),
                    [entry for entry in launcher if entry[1] != entry[2]],
@@ -262,7 +270,7 @@ def build_model(run: Run, chat: Chat, grows: bool, empty: bool = False) -> nn.Mo
                        empty=empty)
     if adapter and not config.use_lora:
         model = model.merge_and_unload().requires_grad_(True)
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = causal_lm_of(model)
     token_ids, grown = add_tokens(causal_lm, chat, config.seed)
     if token_ids:
         run.say(f"new tokens {' '.join(chat.added_tokens)}: ids {token_ids}, " + (

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.checkpoint import (
     atomic_json,
@@ -33,6 +34,9 @@ from common.checkpoint import (
     verify,
 )
 from common.faults import UserError
+
+if TYPE_CHECKING:
+    from common.settings import SftConfig
 
 RUN = "run.json"
 STATUS = "run_status.json"
@@ -154,6 +158,17 @@ def read_status(run_dir: Path | str) -> dict | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def read_run(run_dir: Path | str) -> dict | None:
+    """What run.json tells of the run in a directory: its settings, versions and fingerprints; None if there is none."""
+    file = Path(run_dir) / RUN
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def earlier_run(config: SftConfig) -> dict | None:
+    """`read_run` of the run that is gone on with, or explained."""
+    return read_run(config.output_dir) if config.resume_from_checkpoint or config.explain_step else None
 
 
 def append_metrics(path: Path | str, line: dict) -> None:

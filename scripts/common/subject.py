@@ -1,7 +1,6 @@
 """What is evaluated: a run, a model, an adapter or a Hub id -> tokenizer, template and weights; and its baseline."""
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.attention import causal_lm_of
 from common.chat import BUILT_IN, TEMPLATE_DIR, Chat, load_chat, load_tokenizer
 from common.faults import UserError
 from common.hub import at_commit
 from common.model import add_tokens, check_vocabulary, find_model, load_model, model_config, saved_dtype
-from common.rundir import DONE, RUN, STATUS, read_status
+from common.rundir import DONE, RUN, STATUS, read_run, read_status
 from common.spm import prove_equal
 
 Say = Callable[[str], None]
@@ -46,7 +46,7 @@ def find_subject(path: str) -> Subject:
     place = Path(path)
     inside = place.name == "merged" or place.name.startswith("checkpoint-")
     run_dir = next((p for p in (place, *([place.parent] if inside else [])) if (p / RUN).is_file()), None)
-    said = json.loads((run_dir / RUN).read_text(encoding="utf-8")) if run_dir else {"config": {}}
+    said = read_run(run_dir) if run_dir else {"config": {}}
     return Subject(path, run_dir, said["config"], said.get("hub", {}), said.get("fingerprints", {}))
 
 
@@ -159,7 +159,7 @@ def load_for(path: str, chat: Chat, *, dtype: str, seed: int, say: Say) -> nn.Mo
     check_vocabulary(settings, chat, path)
     automatic = saved_dtype(settings, None) if cuda else torch.float32
     model = load_model(path, dtype=automatic if dtype == "auto" else getattr(torch, dtype))
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = causal_lm_of(model)
     if add_tokens(causal_lm, chat, seed)[0]:
         say(f"{path}: it does not know {' '.join(chat.added_tokens)}; they get fresh rows, as at the start of training")
     return model.to("cuda" if cuda else "cpu").eval()
@@ -168,7 +168,7 @@ def load_for(path: str, chat: Chat, *, dtype: str, seed: int, say: Say) -> nn.Mo
 def stop_audit(model: nn.Module, chat: Chat) -> tuple[str, dict]:
     """Whether answers can end: the ids that stop generation here, the one the template ends an answer with, and those
     that plain `transformers` stops at. A line to print, and the same as numbers."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = causal_lm_of(model)
     named = causal_lm.generation_config.eos_token_id
     named = [] if named is None else [named] if isinstance(named, int) else list(named)
     token = lambda i: f"{chat.tokenizer.convert_ids_to_tokens(i)} ({i})"
