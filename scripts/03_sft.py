@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 from common.config import is_hub_name, parse
 from common.faults import RankLost, Stopped, UserError, run_main
-from common.hub import check_push, needed, resolve
+from common.hub import needed, resolve
 from common.outputs import check_no_input, check_writable
+from common.push import check_push
 from common.rundir import holds_run
 from common.settings import SftConfig
 from common.signals import StopFlag, launched
@@ -63,11 +64,12 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     from common import leave, show
     from common.chat import load_chat
     from common.explain import explain_step
-    from common.hub import check_alone
+    from common.identity import first_start
     from common.model import check_vocabulary, model_config
+    from common.push import check_alone
     from common.ranks import on_main
     from common.render import set_today
-    from common.run import first_start, gather_material, load_run
+    from common.run import gather_material, load_run
     from common.rundir import decide
 
     config = run.config
@@ -151,9 +153,9 @@ def export(run: Run, material: Material, chat: Chat) -> list[str]:
 def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opened]:
     """Lock the output directory, decide between fresh and resumed, leave run.json and plan.json; note how it ended."""
     from common.checkpoint import disk_fault
+    from common.identity import check_unchanged, describe_run
     from common.leave import forget_plan, leave_plan
     from common.ranks import exit_status, on_main
-    from common.run import check_unchanged, describe_run
     from common.rundir import RunLock, open_run_dir, write_status
 
     config = run.config
@@ -197,8 +199,9 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
 def train(run: Run, chat: Chat, material: Material, stop: StopFlag) -> None:
     """Do the steps of the plan from where the run is; evaluate, save and log when due."""
     from common.overfit import divergence
+    from common.progress import log_progress
     from common.report_train import read_lines
-    from common.run import held_out, log_progress, save_state
+    from common.run import held_out, save_state
     from common.trackers import started_trackers
     from common.train import Batches, count_step, evaluate_loss, judge, train_step
 

@@ -17,10 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.card import hub_card
 from common.config import parse, setting
 from common.faults import UserError, run_main, say
-from common.hub import check_push, hub_card, push
 from common.outputs import check_replaceable, check_writable
+from common.push import check_push, push
 from common.settings import TEMPLATES
 
 if TYPE_CHECKING:

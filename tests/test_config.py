@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from common import config as cfg
-from common.config import differences, parse, setting, settings_of, settings_table, to_dict
+from common.config import differences, parse, setting, settings_of, to_dict
 from common.faults import UserError
+from common.helptext import settings_table
 from common.settings import SftConfig, dataset_name
 
 ROOT = Path(__file__).parent.parent

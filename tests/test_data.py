@@ -19,9 +19,10 @@ from conftest import chat_rows, write_rows
 
 from common import data, forked, records
 from common.chat import Chat, Encoded, load_chat
-from common.data import Dataset, _works_of, fit, held_out_rows, load_dataset, prompt_hash, split
+from common.data import Dataset, _works_of, fit, load_dataset
 from common.faults import UserError
 from common.rows import Row, RowReader
+from common.sides import held_out_rows, prompt_hash, split
 
 
 @pytest.fixture

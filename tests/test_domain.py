@@ -10,11 +10,12 @@ from conftest import ROOT, chat_rows, sentences, write_rows
 from running import Ran, metrics, run_script
 
 from common.chat import load_chat
-from common.data import load_dataset, split
+from common.data import load_dataset
 from common.evaluate import opening
 from common.overfit import divergence
 from common.rows import RowReader
 from common.show import duplicates
+from common.sides import split
 
 DISTINCT = 20
 

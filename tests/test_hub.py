@@ -18,8 +18,10 @@ from forks import Bench, fork_main, hold_at, make_bench, script, warm, what_is_l
 from hub_server import Hub
 
 from common import hub as ours
+from common.card import hub_card
 from common.faults import UserError
-from common.hub import Ref, choose, commit_of, hub_card, local_model, local_rows, push, read_ref, snapshot
+from common.hub import Ref, choose, commit_of, local_model, local_rows, read_ref, snapshot
+from common.push import push
 
 ROWS = "".join(json.dumps(row) + "\n" for row in chat_rows(30))
 

@@ -41,7 +41,6 @@ def chat(spm_unigram: str):
     return load_chat(spm_unigram, "chatml")
 
 
-
 def grown(tmp_path: Path, chat: object, tied: bool = True, rows: int | None = None) -> torch.nn.Module:
     size = rows or len(chat.tokenizer) - 2
     return load_model(make_llama(tmp_path / "base", size, tied=tied))

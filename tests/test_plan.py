@@ -9,9 +9,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from common.arithmetic import describe
 from common.faults import UserError
 from common.order import Stream, exact, largest_remainder, pack, shuffled, stable_order
-from common.plan import Plan, Source, Stage, describe, make_plan
+from common.plan import Plan, Source, Stage, make_plan
 
 
 def source(name: str, lengths: list[int] | int, trained: list[int] | None = None) -> Source:

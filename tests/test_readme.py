@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "scripts"))
 
-from common.config import parse, settings_of, settings_table  # noqa: E402
+from common.config import parse, settings_of  # noqa: E402
 from common.faults import UserError  # noqa: E402
+from common.helptext import settings_table  # noqa: E402
 from common.settings import SftConfig  # noqa: E402
 
 README = ROOT / "README.md"

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.config import is_hub_name
 from common.overfit import divergence
 from common.report_train import near, read_json, read_lines, share
 
@@ -251,3 +252,24 @@ def modelfile(chat: Chat, system_prompt: str | None = None) -> str:
     if system_prompt and '"""' not in system_prompt:
         lines.append(f'SYSTEM """{system_prompt}"""')
     return "\n".join(lines) + "\n"
+
+
+# ---- as it is pushed
+
+def hub_card(card: str, directory: str, repo: str, merged: bool) -> str:
+    """A run's README.md as it has to read in the repository: its name instead of places on this machine, and without
+    what is not pushed (held-out rows among the answers, files of the run). merged: the merged model is pushed."""
+    card = re.sub(r"^## Answers\n.*(?=^## Use\n)", "", card, flags=re.M | re.S)  # greedy: rows may hold headings
+    card = re.sub(r"^## Elsewhere\n.*(?=^## Limits\n)", "", card, flags=re.M | re.S)
+    card = re.sub(r"^All settings, .*?`report\.html`\. ", "", card, flags=re.M)
+    card = re.sub(r"^In the terminal, .*?(?=^## |\Z)", "In the terminal: `python scripts/06_eval_sft.py --chat "
+                  f"--model_path {repo}`.\n\n", card, flags=re.M | re.S)
+    card = re.sub(r"(?<=^Supervised fine-tuning of )`([^`]+)`",
+                  lambda base: base[0] if is_hub_name(base[1]) else "a model of its author's own", card, flags=re.M)
+    card = card.replace(f'place = "{directory}"  # this directory', f'place = "{repo}"')
+    if merged:
+        for old, new in (("library_name: peft", "library_name: transformers"), ("from peft import", "from transformers "
+                         "import"), ("base_model_relation: adapter", "base_model_relation: finetune"),
+                         ("AutoPeftModelForCausalLM", "AutoModelForCausalLM")):
+            card = card.replace(old, new)
+    return card

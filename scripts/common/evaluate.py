@@ -13,7 +13,6 @@ import numpy as np
 
 from common.attention import causal_lm_of
 from common.chat import Chat, Encoded
-from common.data import prompt_hash
 from common.faults import NotFinite
 from common.generate import Generated, context_limit, fitting_threads, generate
 from common.loss import LossModel, make_batch
@@ -32,6 +31,7 @@ from common.scores import (
     same_text,
     summarise,
 )
+from common.sides import prompt_hash
 from common.team import ALONE, Team
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from common.chat import Chat
 from common.checkpoint import checkpoints, step_of, verify
 from common.config import differences, to_dict
 from common.faults import UserError
+from common.identity import fingerprints
 from common.loss import LossModel, make_batch
 from common.material import Material
 from common.model import add_tokens, find_model, load_model
 from common.probe import choose_attention
-from common.run import Run, fingerprints
+from common.run import Run
 from common.rundir import fingerprint_differences, read_run, refuse_changes
 from common.settings import SftConfig
 from common.sharded import has_shards

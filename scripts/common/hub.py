@@ -1,4 +1,4 @@
-"""Models and data sets from the Hugging Face Hub, and the finished model to it.
+"""Models and data sets from the Hugging Face Hub.
 
     owner/name                 a model, or the training rows of a data set
     owner/name@revision        at a branch, a tag or a commit (of the model: --revision)
@@ -129,22 +129,6 @@ def local_rows(name: str, cache_dir: Path) -> str:
     return str(data_file(ref, commit_of(ref), cache_dir, dataset_name(name)))
 
 
-def check_alone(config: SftConfig, grows: bool) -> None:
-    """What is to be pushed has to load elsewhere. grows: the embeddings grow: the adapter has a base of its own."""
-    if not config.push_to_hub or not config.use_lora or config.merge_adapters or _merged(config):
-        return
-    file = Path(config.at(config.source), "adapter_config.json")
-    base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else config.source
-    if grows or not is_hub_name(base):
-        reason = "the base gets new tokens" if grows else f"{base} is a directory here"
-        raise UserError(f"--push_to_hub: nobody else could load the adapter alone, because {reason}. Add "
-                        "--merge_adapters: the merged model is pushed.")
-
-
-def _merged(config: SftConfig) -> bool:
-    return Path(config.output_dir, "merged").is_dir()
-
-
 # ---- from the Hub
 
 @functools.cache
@@ -159,7 +143,7 @@ def commit_of(ref: Ref) -> str:
         if note.is_file():
             return note.read_text().strip()
         raise absent(ref, reason)
-    return _asked(ref, lambda: HfApi().repo_info(ref.repo, repo_type=ref.kind, revision=ref.revision, timeout=10)).sha
+    return ask_hub(ref, lambda: HfApi().repo_info(ref.repo, repo_type=ref.kind, revision=ref.revision, timeout=10)).sha
 
 
 def absent(ref: Ref, reason: str) -> UserError:
@@ -190,7 +174,7 @@ def _download(ref: Ref, commit: str, take: list[str], leave: list[str] | None = 
     reason = unreachable()
     options = {"repo_type": ref.kind, "revision": commit, "allow_patterns": take, "ignore_patterns": leave}
     try:
-        place = _asked(ref, lambda: snapshot_download(ref.repo, local_files_only=bool(reason), **options),
+        place = ask_hub(ref, lambda: snapshot_download(ref.repo, local_files_only=bool(reason), **options),
                        LocalEntryNotFoundError if reason else (), tries=3)
     except LocalEntryNotFoundError:
         raise absent(ref, reason) from None
@@ -244,7 +228,7 @@ def _listing(ref: Ref, commit: str) -> tuple[list[str], str | None]:
         if not place.is_dir():
             raise absent(ref, reason)
         return sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()), None
-    info: DatasetInfo = _asked(ref, lambda: HfApi().dataset_info(ref.repo, revision=commit, timeout=10))
+    info: DatasetInfo = ask_hub(ref, lambda: HfApi().dataset_info(ref.repo, revision=commit, timeout=10))
     licence = info.card_data.get("license") if info.card_data else None
     return sorted(file.rfilename for file in info.siblings), licence if isinstance(licence, str) else None
 
@@ -302,94 +286,9 @@ def join(files: list[Path], out: Path) -> None:
         raise UserError(f"{files[0].name}: {len(files)} parts of a kind that cannot be joined. Name one of the files.")
 
 
-# ---- to the Hub
-
-def check_push(repo: str, directory: str) -> str:
-    """The full name of the repository to push to; UserError, before any time is spent, if that cannot be done.
-
-    repo: owner/name, a name of one's own, or auto: the name of the directory.
-    """
-    from huggingface_hub import HfApi, constants, get_token
-
-    ref = Ref("model", repo)
-    if reason := unreachable():
-        raise UserError(f"--push_to_hub: {reason}. Connect, or leave it out now: once the run is finished, the same "
-                        "command with it and --resume_from_checkpoint pushes and does nothing else.")
-    if get_token() is None:
-        raise UserError(f"--push_to_hub: no token is set. Make one that may write at {constants.ENDPOINT}"
-                        f"/settings/tokens and {LOG_IN}.")
-    who = _asked(ref, lambda: HfApi().whoami())
-    if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError(f"--push_to_hub: the token of {who['name']} may only read. Make one that may write at "
-                        f"{constants.ENDPOINT}/settings/tokens and {LOG_IN}.")
-    name = Path(directory).absolute().name if repo == "auto" else repo
-    full = name if "/" in name else f"{who['name']}/{name}"
-    found = HUB_NAME.fullmatch(full)
-    if not found or found["revision"] or found["part"]:
-        raise UserError(f"--push_to_hub {full}: that cannot be the name of a repository. Write owner/name, with "
-                        "letters, digits, -, _ and . alone.")
-    return full
-
-
-def push(directory: Path, repo: str, card: str, again: str, say: Callable[[str], None], tries: int = 3) -> None:
-    """Push the model in `directory` with `card` as its README. A new repository is private.
-
-    What broke off is taken up again, `tries` times in all: what has arrived is not sent twice. If it fails, the model
-    stays where it is, and the fault (UserError, or OSError for the network) says that `again` pushes it.
-    """
-    from tempfile import TemporaryDirectory
-
-    from huggingface_hub import HfApi
-
-    kept = f"The model is finished and whole in {directory}. Push it again with: {again}"
-    with TemporaryDirectory() as stage:
-        for file in directory.iterdir():
-            if file.is_file() and any(file.match(pattern) for pattern in PUSHED):
-                Path(stage, file.name).symlink_to(file.absolute())
-        Path(stage, "README.md").write_text(card, encoding="utf-8")
-        for left in reversed(range(tries)):
-            try:
-                url = HfApi().create_repo(repo, private=True, exist_ok=True)
-                HfApi().upload_folder(repo_id=repo, folder_path=stage, commit_message="Fine-tuned model",
-                                      delete_patterns=[*PUSHED])  # an adapter of before would go before a whole model
-                break
-            except Exception as found:
-                fault = refusal(found, Ref("model", repo))
-                if isinstance(fault, UserError):
-                    raise UserError(f"--push_to_hub: {fault} {kept}") from found
-                if not left:
-                    raise OSError(None, f"{fault} {kept}") from found
-                say(f"push: {fault} Trying again")
-    say(f"pushed to {url} (a new repository is private: its settings there can open it)")
-
-
-PUSHED = ("model*.safetensors", "adapter_model*.safetensors", "model.safetensors.index.json", "adapter_config.json",
-          "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-          "vocab.*", "merges.txt", "chat_template.*")  # no rows, no samples, no paths of this machine
-
-
-def hub_card(card: str, directory: str, repo: str, merged: bool) -> str:
-    """A run's README.md as it has to read in the repository: its name instead of places on this machine, and without
-    what is not pushed (held-out rows among the answers, files of the run). merged: the merged model is pushed."""
-    card = re.sub(r"^## Answers\n.*(?=^## Use\n)", "", card, flags=re.M | re.S)  # greedy: rows may hold headings
-    card = re.sub(r"^## Elsewhere\n.*(?=^## Limits\n)", "", card, flags=re.M | re.S)
-    card = re.sub(r"^All settings, .*?`report\.html`\. ", "", card, flags=re.M)
-    card = re.sub(r"^In the terminal, .*?(?=^## |\Z)", "In the terminal: `python scripts/06_eval_sft.py --chat "
-                  f"--model_path {repo}`.\n\n", card, flags=re.M | re.S)
-    card = re.sub(r"(?<=^Supervised fine-tuning of )`([^`]+)`",
-                  lambda base: base[0] if is_hub_name(base[1]) else "a model of its author's own", card, flags=re.M)
-    card = card.replace(f'place = "{directory}"  # this directory', f'place = "{repo}"')
-    if merged:
-        for old, new in (("library_name: peft", "library_name: transformers"), ("from peft import", "from transformers "
-                         "import"), ("base_model_relation: adapter", "base_model_relation: finetune"),
-                         ("AutoPeftModelForCausalLM", "AutoModelForCausalLM")):
-            card = card.replace(old, new)
-    return card
-
-
 # ---- what can go wrong
 
-def _asked(ref: Ref, ask: Callable, passed: type[Exception] | tuple = (), tries: int = 1) -> object:
+def ask_hub(ref: Ref, ask: Callable, passed: type[Exception] | tuple = (), tries: int = 1) -> object:
     """ask(), up to `tries` times if the network fails; a fault of the library or the network becomes one sentence."""
     for left in reversed(range(tries)):
         try:

@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from common.attention import set_ordinary_attention
-from common.card import model_card, modelfile
+from common.card import hub_card, model_card, modelfile
 from common.chat import Chat
 from common.checkpoint import atomic_json, atomic_write, verify
-from common.data import held_out_rows
 from common.faults import UserError
-from common.hub import hub_card, push
 from common.loss import LossModel
 from common.material import Material
 from common.model import load_model, merge_and_save, sample_prompts, saved_dtype
+from common.push import push
 from common.rows import RowReader
 from common.run import Run, read_weights, write_model
 from common.rundir import read_run
 from common.sharded import is_sharded, whole_model
+from common.sides import held_out_rows
 from common.zero import is_zero
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.chat import Chat, Encoded
-from common.data import Dataset, Split, load_dataset, split
+from common.data import Dataset, load_dataset
 from common.faults import UserError
 from common.plan import Plan, Source, Stage, make_plan
 from common.settings import SftConfig, dataset_name
+from common.sides import Split, split
 
 
 @dataclass(frozen=True)

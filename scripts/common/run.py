@@ -1,15 +1,11 @@
 """A training run in progress: processes, model, optimizer, state, and how they are written and read."""
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -19,11 +15,12 @@ from torch import nn
 from common.attention import causal_lm_of
 from common.chat import Chat
 from common.checkpoint import TrainState, check_space, checkpoints, read_state, save_checkpoint
-from common.config import differences, level, to_dict
+from common.config import level
 from common.data import Part, Parts
 from common.faults import UserError, say
 from common.flops import Meter, make_meter
 from common.hub import commit_used
+from common.identity import rows_per_step
 from common.loss import LossModel
 from common.material import Material, gather, recommended_weights
 from common.memory import shape_of
@@ -44,16 +41,7 @@ from common.model import (
 )
 from common.probe import choose_attention
 from common.ranks import Watch, on_main, start_processes
-from common.render import today
-from common.rundir import (
-    Opened,
-    append_metrics,
-    earlier_run,
-    fingerprint_differences,
-    read_run,
-    refuse_changes,
-    write_status,
-)
+from common.rundir import write_status
 from common.settings import SftConfig
 from common.sharded import (
     check_head,
@@ -65,7 +53,7 @@ from common.sharded import (
     whole_on_main,
     write_shards,
 )
-from common.train import StepResult, evaluation_rows, make_optimizer
+from common.train import evaluation_rows, make_optimizer
 from common.zero import is_zero
 
 
@@ -109,21 +97,6 @@ def start(config: SftConfig, argv: list[str]) -> Run:
     return Run(config, accelerator, argv, Watch(accelerator, config.rank_timeout_minutes))
 
 
-def rows_per_step(run: Run) -> int:
-    """Rows of the global batch. A resumed run keeps the one it was started with, whatever the number of processes."""
-    config = run.config
-    if earlier := earlier_run(config):
-        return earlier["rows_per_step"]
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * run.accelerator.num_processes
-
-
-def first_start(run: Run) -> datetime:
-    """When the run was started first."""
-    if earlier := earlier_run(run.config):
-        return datetime.strptime(earlier["started"], "%Y-%m-%dT%H:%M:%S%z")
-    return datetime.now()
-
-
 def gather_material(run: Run, chat: Chat, base_config: object) -> Material:
     """Tokenise, split and plan: one process fills the cache, the others open it."""
     from tqdm import tqdm
@@ -153,60 +126,6 @@ def _parameters(base_config: object) -> int:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(base_config).num_parameters()
-
-
-def fingerprints(material: Material, chat: Chat, config: SftConfig) -> dict[str, str]:
-    """What a resumed run must find unchanged, beside the settings."""
-    found = {"plan": material.plan.fingerprint(), "tokenizer and template": chat.fingerprint()}
-    found.update({f"data {d.name}": d.meta["key"]["file"] for d in material.datasets})
-    for d in material.val_datasets:  # a file of the same name elsewhere is another file
-        name, file = f"data {d.name}", d.meta["key"]["file"]
-        found[name if found.get(name) in (None, file) else f"{name} (validation)"] = file
-    places = {"model": config.at(config.model_path), "init_from": config.at(config.init_from or "")}
-    found.update({name: weights_fingerprint(path) for name, path in places.items() if path and Path(path).is_dir()})
-    return found
-
-
-def weights_fingerprint(path: str, samples: int = 64, size: int = 1 << 16) -> str:
-    """sha256 over a local model's configuration, sizes and `samples` blocks of each weights file, evenly spaced: other
-    weights of the same shape differ everywhere, and a hundred GB are looked at in a second."""
-    place, digest = find_model(path), hashlib.sha256()
-    for directory in filter(None, (place.base, place.adapter)):
-        for file in sorted(f for name in ("config.json", "adapter_config.json", "*.safetensors")
-                           for f in Path(directory).glob(name)):
-            length = file.stat().st_size
-            digest.update(f"{file.name} {length}\n".encode())
-            with open(file, "rb") as stream:
-                for start in sorted({i * max(0, length - size) // (samples - 1) for i in range(samples)}):
-                    stream.seek(start)
-                    digest.update(stream.read(size))
-    return digest.hexdigest()
-
-
-def describe_run(run: Run, material: Material, chat: Chat) -> dict:
-    """What run.json holds."""
-    from importlib.metadata import version
-
-    packages = ("torch", "transformers", "tokenizers", "peft", "accelerate", "sentencepiece", "numpy")
-    return {"config": to_dict(run.config), "hub": run.config.commits,
-            "rows_per_step": material.plan.rows_per_step,
-            "processes": run.accelerator.num_processes, "mixed_precision": run.accelerator.mixed_precision,
-            "fingerprints": fingerprints(material, chat, run.config),
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-            "command": ["03_sft.py", *run.argv],
-            "started": today().astimezone().strftime("%Y-%m-%dT%H:%M:%S%z")}  # what templates were told
-
-
-def check_unchanged(run: Run, new: dict, opened: Opened) -> None:
-    """Refuse to go on with a run whose settings, data, tokenizer, model or precision changed (UserError with a table),
-    be it one that ended before its first checkpoint."""
-    old = None if run.config.overwrite_output_dir else read_run(run.directory)
-    if old is None:
-        return
-    launcher = [("mixed_precision", old["mixed_precision"], new["mixed_precision"])]
-    refuse_changes(run.directory, differences(old["config"], new["config"], SftConfig),
-                   [entry for entry in launcher if entry[1] != entry[2]],
-                   fingerprint_differences(old["fingerprints"], new["fingerprints"]), begun=opened.kind != "fresh")
 
 
 def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None = None) -> None:
@@ -430,46 +349,3 @@ def restore(run: Run, directory: Path) -> None:
 def held_out(run: Run, material: Material) -> list[list[tuple[int, int]]]:
     """The validation rows in the order of evaluation."""
     return evaluation_rows(material.val_datasets, material.val, run.config.max_seq_length, run.config.packing)
-
-
-@contextmanager
-def log_progress(run: Run, n_steps: int) -> Iterator[Callable]:
-    """Give a function (state, result, metrics line) that shows a progress bar, or lines where there is no terminal,
-    and appends to metrics.jsonl. A line is on disk before the checkpoint of its step."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=n_steps, initial=run.state.step, desc="training", unit=" step", disable=None if run.main else True,
-               dynamic_ncols=True)
-
-    def progress(state: TrainState, result: StepResult | None, line: dict | None) -> None:
-        if not run.main:
-            return
-        if result:
-            bar.update(1)
-            bar.set_description_str(result.stage, refresh=False)
-            bar.set_postfix_str(f"loss {result.loss:.4f} {result.tokens / result.seconds:,.0f} tok/s")
-        if line:
-            append_metrics(run.directory / "metrics.jsonl", line)
-            if bar.disable:
-                say(_spoken(line, n_steps, state))
-            elif "eval_loss" in line:
-                with bar.external_write_mode():
-                    say(_spoken(line, n_steps, state))
-
-    try:
-        yield progress
-    finally:
-        bar.close()
-
-
-def _spoken(line: dict, n_steps: int, state: TrainState) -> str:
-    head = f"step {line['step']:,}/{n_steps:,}"
-    if "eval_loss" in line:
-        by_name = [f"{k.removeprefix('eval_loss/')} {v:.4f}" for k, v in line.items() if k.startswith("eval_loss/")]
-        best = "best so far" if state.best_step == line["step"] else (
-            f"best {state.best_loss:.4f} at step {state.best_step:,}")
-        each = f"({', '.join(by_name)}) " if len(by_name) > 1 else ""
-        return f"{head} eval loss {line['eval_loss']:.4f} {each}{best}"
-    return (f"{head} loss {line['loss']:.4f} lr {line['learning_rate']:.2e} grad {line['grad_norm']:.2f} "
-            f"{line['tokens_per_second']:,.0f} tok/s ({line['trained_tokens_per_second']:,.0f} trained) "
-            f"mfu {line['mfu']:.0%}")

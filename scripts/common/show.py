@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from common.arithmetic import describe
 from common.chat import Chat, Encoded
 from common.material import Material
 from common.memory import largest_load, needed, shape_of, spoken
-from common.plan import describe
 from common.zero import is_zero
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from peers import about, record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from common.plan import Plan, Source, Stage, describe, make_plan  # noqa: E402
+from common.arithmetic import describe
+from common.plan import Plan, Source, Stage, make_plan  # noqa: E402
 
 CASES = {"all rows, packed": (None, True), "weights .4 .4 .2, packed": ((.4, .4, .2), True),
          "all rows, unpacked": (None, False)}

@@ -29,9 +29,10 @@ from peers import about, need_trl, record
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from common.chat import Chat, load_chat  # noqa: E402
-from common.data import Dataset, load_dataset, split  # noqa: E402
+from common.data import Dataset, load_dataset  # noqa: E402
 from common.forked import cores  # noqa: E402
 from common.plan import Source, Stage, make_plan  # noqa: E402
+from common.sides import split  # noqa: E402
 
 LENGTH = 1024  # tokens of a row
 # (share of rows; mean and deviation of ln words of the prompt; of the response)

@@ -223,13 +223,13 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
     from accelerate import Accelerator
 
     from common.chat import Encoded
-    from common.data import Split
     from common.loss import LossModel
     from common.material import Material
     from common.model import compile_layers, round_frozen
     from common.plan import Source, Stage, make_plan
     from common.probe import choose_attention
     from common.settings import SftConfig
+    from common.sides import Split
     from common.train import Batches, make_optimizer, train_step
 
     rows = [Encoded(ids, trained & (np.arange(len(ids)) > 0)) for ids, trained in make_rows(task)]
