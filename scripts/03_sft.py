@@ -66,6 +66,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     from common.explain import explain_step
     from common.identity import first_start
     from common.model import check_vocabulary, model_config
+    from common.prove import prove_chat
     from common.push import check_alone
     from common.ranks import on_main
     from common.render import set_today
@@ -278,21 +279,27 @@ def check_files(config: SftConfig) -> None:
         there = "does not exist" if len(missing) == 1 else "do not exist"
         raise UserError(f"{', '.join(missing)}: {there}. Make data sets with scripts/prepare_sft_datasets.py, or check "
                         "the path.")
+    check_outputs(config, [path for path in (*named, config.source, config.tokenizer_path) if path])
+    if needed(config) and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ask once they have met (fetch_all)
+        config.commits = resolve(config)
+    if config.push_to_hub and not config.dry_run and not config.verify_resume:
+        config.push_to_hub = check_push(config.push_to_hub, config.output_dir)
+
+
+def check_outputs(config: SftConfig, inputs: list[str]) -> None:
+    """What is to be written can be, and is nothing that is read."""
     place = Path(config.output_dir)
+    if config.export_rendered:
+        check_no_input(Path(config.export_rendered), "--export_rendered", inputs)
+    if config.dry_run or config.explain_step:
+        return
     check_writable(place, "--output_dir")
-    inputs = [path for path in (*named, config.model_path, config.init_from, config.tokenizer_path) if path]
     for name in ("val.jsonl", "test.jsonl", "samples.jsonl", "metrics.jsonl"):
         check_no_input(place / name, "--output_dir", inputs)
     held = [path for path in inputs if place.resolve() in Path(path).resolve().parents and Path(path).exists()]
     if held and config.overwrite_output_dir and holds_run(place):
         raise UserError(f"--overwrite_output_dir: it would move {held[0]}, which this run reads, aside. Choose another "
                         "--output_dir.")
-    if config.export_rendered:
-        check_no_input(Path(config.export_rendered), "--export_rendered", inputs)
-    if needed(config) and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ask once they have met (fetch_all)
-        config.commits = resolve(config)
-    if config.push_to_hub and not config.dry_run and not config.verify_resume:
-        config.push_to_hub = check_push(config.push_to_hub, config.output_dir)
 
 
 def check_new_tokens(config: SftConfig, chat: Chat, source: str) -> None:
@@ -311,56 +318,6 @@ def check_length(config: SftConfig, base: object) -> None:
     if context and config.max_seq_length > context:
         raise UserError(f"max_seq_length {config.max_seq_length:,}: the model sees {context:,} tokens. "
                         f"Set --max_seq_length {context} or less.")
-
-
-def prove_chat(config: SftConfig, chat: Chat, material: Material, base: object) -> list[str]:
-    """Prove tokenizer and template on the first rows of each file; a line for what was found."""
-    from itertools import islice
-
-    from common.prove import differs_as_served, prove, texts_of
-    from common.rows import RowReader
-
-    rows = []
-    for dataset in material.datasets:
-        reader = RowReader(dataset.path, skip_bad_rows=config.skip_bad_rows, role_map=config.roles() | chat.role_map)
-        used = set(dataset.lines[:20_000].tolist())  # enough for 200 rows, also of many windows each
-        rows += islice((row for row in reader if row.line in used), 200)
-    unseen = sum(bool(row.tools) for row in rows) if "tools" not in chat.template else 0
-    apart = chat.encoded_apart
-    found = prove(chat, rows)
-    lines = [f"template: {unseen:,} of the first {len(rows):,} rows bring tools, which {config.prompt_template} does "
-             "not show: the model learns calls of what it is not told. Give a template that does"] if unseen else []
-    thoughts = sum(any("reasoning_content" in m for m in row.messages or []) for row in rows)
-    if thoughts and "reasoning_content" not in chat.template:
-        lines.append(f"template: {thoughts:,} of the first {len(rows):,} rows bring reasoning_content, which "
-                     f"{config.prompt_template} does not show: it is not learnt. Give a template that does")
-    texts = texts_of(rows)[:200]
-    served, differ = differs_as_served(chat, base, texts)
-    if differ:
-        lines.append(f"tokenizer: transformers' AutoTokenizer makes {served} of it, because the model is a "
-                     f"{base.model_type}: other ids for {differ:,} of {len(texts):,} texts. Load the finished model's "
-                     "with PreTrainedTokenizerFast.from_pretrained")
-    if chat.native:
-        if found["unsafe"]:
-            lines.append(f"tokenizer: {found['unsafe']:,} texts cannot be encoded by the converted tokenizer without "
-                         "control ids; training uses SentencePiece itself")
-        lines.append(f"tokenizer: the converted one agrees with SentencePiece on {found['texts']:,} texts of your rows"
-                     + (f" ({found['ties']} ties of equal score)" if found["ties"] else ""))
-    if found["changed"]:
-        lines.append(f"tokenizer: {found['changed'] / found['texts']:.1%} of {found['texts']:,} texts do not come "
-                     "back from decoding as they were (its normaliser changes case, newlines or spaces)")
-    if found["template_rows"]:
-        same = found["template_rows"] - found["template_differs"]
-        # known and counted: joints that were encoded apart, and what SentencePiece and its twin may differ in
-        known = chat.encoded_apart - apart + found.get("ties", 0) + found.get("unsafe", 0)
-        if found["template_differs"] > known:
-            raise UserError(f"--prompt_template {config.prompt_template}: the saved chat template gives other ids than "
-                            f"training for {found['template_differs']:,} of {found['template_rows']:,} rows, so the "
-                            "model would be served with prompts it has not seen. Please report it with the template; "
-                            "chatml, instruct and chat are proven.")
-        lines.append(f"template: the saved chat template gives the training ids for {same:,} of "
-                     f"{found['template_rows']:,} rows")
-    return lines
 
 
 if __name__ == "__main__":

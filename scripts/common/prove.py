@@ -2,20 +2,79 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from common.chat import Chat
+from common.faults import UserError
 from common.render import as_written
-from common.rows import Row
+from common.rows import Row, RowReader
 from common.spm import prove_equal
+
+if TYPE_CHECKING:
+    from common.material import Material
+    from common.settings import SftConfig
+
+
+def prove_chat(config: SftConfig, chat: Chat, material: Material, base: object) -> list[str]:
+    """Prove tokenizer and template on the first rows of each file; a line for what was found."""
+    rows = []
+    for dataset in material.datasets:
+        reader = RowReader(dataset.path, skip_bad_rows=config.skip_bad_rows, role_map=config.roles() | chat.role_map)
+        used = set(dataset.lines[:20_000].tolist())  # enough for 200 rows, also of many windows each
+        rows += islice((row for row in reader if row.line in used), 200)
+    found, lines = prove(chat, rows), _not_shown(chat, rows, config.prompt_template)
+    texts = texts_of(rows)[:200]
+    served, differ = differs_as_served(chat, base, texts)
+    if differ:
+        lines.append(f"tokenizer: transformers' AutoTokenizer makes {served} of it, because the model is a "
+                     f"{base.model_type}: other ids for {differ:,} of {len(texts):,} texts. Load the finished model's "
+                     "with PreTrainedTokenizerFast.from_pretrained")
+    if chat.native:
+        if found["unsafe"]:
+            lines.append(f"tokenizer: {found['unsafe']:,} texts cannot be encoded by the converted tokenizer without "
+                         "control ids; training uses SentencePiece itself")
+        lines.append(f"tokenizer: the converted one agrees with SentencePiece on {found['texts']:,} texts of your rows"
+                     + (f" ({found['ties']} ties of equal score)" if found["ties"] else ""))
+    if found["changed"]:
+        lines.append(f"tokenizer: {found['changed'] / found['texts']:.1%} of {found['texts']:,} texts do not come "
+                     "back from decoding as they were (its normaliser changes case, newlines or spaces)")
+    if found["template_rows"]:
+        same = found["template_rows"] - found["template_differs"]
+        # known and counted: joints that were encoded apart, and what SentencePiece and its twin may differ in
+        known = found["apart"] + found.get("ties", 0) + found.get("unsafe", 0)
+        if found["template_differs"] > known:
+            raise UserError(f"--prompt_template {config.prompt_template}: the saved chat template gives other ids than "
+                            f"training for {found['template_differs']:,} of {found['template_rows']:,} rows, so the "
+                            "model would be served with prompts it has not seen. Please report it with the template; "
+                            "chatml, instruct and chat are proven.")
+        lines.append(f"template: the saved chat template gives the training ids for {same:,} of "
+                     f"{found['template_rows']:,} rows")
+    return lines
+
+
+def _not_shown(chat: Chat, rows: list[Row], template: str) -> list[str]:
+    """What rows bring and the template leaves out."""
+    lines = []
+    unseen = sum(bool(row.tools) for row in rows) if "tools" not in chat.template else 0
+    if unseen:
+        lines.append(f"template: {unseen:,} of the first {len(rows):,} rows bring tools, which {template} does not "
+                     "show: the model learns calls of what it is not told. Give a template that does")
+    thoughts = sum(any("reasoning_content" in m for m in row.messages or []) for row in rows)
+    if thoughts and "reasoning_content" not in chat.template:
+        lines.append(f"template: {thoughts:,} of the first {len(rows):,} rows bring reasoning_content, which "
+                     f"{template} does not show: it is not learnt. Give a template that does")
+    return lines
 
 
 def prove(chat: Chat, rows: list[Row]) -> dict[str, int]:
     """Check on real rows that SentencePiece and the converted tokenizer agree, and that the saved template gives the
     ids used here. Rows with control strings in their text are left out of the second. Raises UserError.
 
-    Returns counts: texts, changed (do not come back from decoding as they were), template_rows, template_differs;
-    with SentencePiece also ties and unsafe, see prove_equal.
+    Returns counts: texts, changed (do not come back from decoding as they were), template_rows, template_differs, apart
+    (answers of these rows that were encoded apart from their prompt); with SentencePiece also ties and unsafe, see
+    prove_equal.
     """
     texts = texts_of(rows)
     if chat.native:
@@ -23,17 +82,15 @@ def prove(chat: Chat, rows: list[Row]) -> dict[str, int]:
     else:
         back = map(chat.tokenizer.decode, chat.encode_texts(texts))
         found = {"texts": len(texts), "changed": sum(a != b for a, b in zip(texts, back))}
-    found["template_rows"] = found["template_differs"] = 0
     chat.tokenizer.chat_template = chat.template
-    for row, encoded in zip(rows, chat.encode_rows(rows)):
-        hostile = chat.control_pattern.search(json.dumps([row.messages, row.tools], ensure_ascii=False))
-        if row.messages is None or hostile:
-            continue
+    hostile = lambda row: chat.control_pattern.search(json.dumps([row.messages, row.tools], ensure_ascii=False))
+    compared = [row for row in rows if row.messages is not None and not hostile(row)]
+    differ, apart = 0, chat.encoded_apart
+    for row, encoded in zip(compared, chat.encode_rows(compared)):
         turns = as_written(row.messages)
         served = chat.tokenizer.apply_chat_template(turns, tools=row.tools, tokenize=True)["input_ids"]
-        found["template_rows"] += 1
-        found["template_differs"] += list(served) != encoded.input_ids.tolist()
-    return found
+        differ += list(served) != encoded.input_ids.tolist()
+    return found | {"template_rows": len(compared), "template_differs": differ, "apart": chat.encoded_apart - apart}
 
 
 def differs_as_served(chat: Chat, config: object, texts: list[str]) -> tuple[str, int]:
