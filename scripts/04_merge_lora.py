@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         file, again = run / "README.md", shlex.join(["python", "scripts/04_merge_lora.py", *argv, *(
             [] if config.overwrite_output_dir else ["--overwrite_output_dir"])])
         card = hub_card(file.read_text(encoding="utf-8"), run.absolute().name, repo, True) if file.is_file() else ""
-        push(output, repo, card, again, print)
+        push(output, repo, card, again, say)
     return 0
 
 

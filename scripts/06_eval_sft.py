@@ -385,7 +385,7 @@ def check_output(config: EvalConfig) -> None:
     check_writable(place, "--output_dir")
     if (place / "run.json").exists():
         raise UserError(f"--output_dir {place}: it holds a run, whose report and answers would be replaced. Choose "
-                        f"another, or leave it out: then it is eval/ in the model's directory.")
+                        "another, or leave it out: then it is eval/ in the model's directory.")
     for name in ("predictions.jsonl", "samples.jsonl", "gen_samples.jsonl"):
         check_no_input(place / name, "--output_dir", [*config.dataset_paths, *filter(None, (config.predict,
                                                                                             config.golden))])

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import write_rows
 
-from common.card import base_licence, is_hub_id, metadata, model_card, modelfile
+from common.card import base_licence, metadata, model_card, modelfile
 from common.chat import Chat, load_chat
 from common.checkpoint import TrainState
+from common.config import is_hub_name
 from common.settings import SftConfig
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
@@ -96,7 +97,8 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Guards against paths of this machine in the metadata."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "sample").mkdir(parents=True)
-    assert is_hub_id("owner/name-1.5") and not any(map(is_hub_id, ("data/sample", "/a/b", "a/b/c", "name", "", None)))
+    assert is_hub_name("owner/name-1.5")
+    assert not any(map(is_hub_name, ("data/sample", "/a/b", "a/b/c", "name", "", "None")))
 
 
 WORD = re.compile(r'\{\{ (if eq|else if eq|else|end)(?: \.Role "(\w+)")? \}\}')

@@ -911,6 +911,10 @@ def test_explain_step_names_what_the_loader_saw(bench, tmp_path, flags):
     mean = sum(example[3] * example[4] for row in rows.values() for example in row) / trained
     logged = next(line for line in what_is_left(run)["metrics"] if line["step"] == 5 and "loss" in line)
     assert mean == pytest.approx(logged["loss"], abs=0.2 if flags is LORA else 1e-3)  # dropout is off in the table
+    for path in checkpoints(run):
+        (path / "shards").mkdir()
+    again = ended(bench.run(run, *flags, "--explain_step", 5), 0)
+    assert "losses of the base" in again and "checkpoints in shards are not read here" in again
 
 
 def text_of(place: str) -> str:

@@ -72,7 +72,7 @@ def base_licence(base: str, revision: str | None = None) -> str | None:
     card = None
     if Path(base).is_dir():
         card = Path(base, "README.md")
-    elif is_hub_id(base):
+    elif is_hub_name(base):
         card = try_to_load_from_cache(base, "README.md", revision=revision)
     if not isinstance(card, (str, Path)) or not Path(card).is_file():
         return None
@@ -80,11 +80,6 @@ def base_licence(base: str, revision: str | None = None) -> str | None:
         return ModelCard.load(str(card), ignore_metadata_errors=True).data.license
     except (ValueError, OSError):  # no metadata: a card is free text
         return None
-
-
-def is_hub_id(name: object) -> bool:
-    """Whether a name can be one of the Hub: owner/name that is no path here."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name))) and not Path(str(name)).exists()
 
 
 def hub_licence(licence: str | None) -> str | None:
@@ -101,13 +96,13 @@ def metadata(name: str, config: dict, base: str, licence: str | None, data: dict
     one = licences.pop() if len(licences) == 1 else None
     told = {"license": one} if one else {"license": "other", "license_name": "of-the-base-and-the-data",
                                          "license_link": "README.md"}
-    sources = [entry["source"] for entry in data.values() if is_hub_id(entry.get("source"))]
+    sources = [entry["source"] for entry in data.values() if is_hub_name(str(entry.get("source")))]
     results = [EvalResult(task_type="text-generation", dataset_type=key.partition("/")[2], metric_type="loss",
                           dataset_name=key.partition("/")[2], metric_value=round(value, 6),
                           metric_name="validation loss, nats a token")
                for key, value in losses.items() if key.startswith("eval_loss/")]
     known = {"base_model": base, "base_model_relation": "adapter" if config["use_lora"] else "finetune"} \
-        if is_hub_id(base) else {}
+        if is_hub_name(base) else {}
     return ModelCardData(
         **told, **known, library_name="peft" if config["use_lora"] else "transformers",
         pipeline_tag="text-generation", tags=["sft", *(["lora"] if config["use_lora"] else [])],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.attention import causal_lm_of
 from common.chat import Chat
 from common.checkpoint import checkpoints, step_of, verify
 from common.config import differences, to_dict
@@ -12,7 +13,7 @@ from common.faults import UserError
 from common.identity import fingerprints
 from common.loss import LossModel, make_batch
 from common.material import Material
-from common.model import add_tokens, find_model, load_model
+from common.model import add_tokens, load_model
 from common.probe import choose_attention
 from common.run import Run
 from common.rundir import fingerprint_differences, read_run, refuse_changes
@@ -49,15 +50,18 @@ def explain_step(run: Run, chat: Chat, material: Material) -> list[str]:
 
 
 def model_before(run: Run, chat: Chat, step: int) -> tuple[LossModel, str]:
-    """The model of the newest whole checkpoint of the run before the step, else the base; and what to call it."""
+    """The model of the newest whole checkpoint of the run before the step, else the base; and what to call it. One in
+    shards is not read here."""
     config = run.config
-    for path in reversed(checkpoints(run.directory)):
-        if step_of(path) < step and not has_shards(path) and not verify(path):
+    before = [path for path in reversed(checkpoints(run.directory)) if step_of(path) < step]
+    for path in before:
+        if not has_shards(path) and not verify(path):
             return LossModel(load_model(str(path), in_4bit=config.load_in_4bit), "sdpa"), path.name
     source = config.source
     model = load_model(config.at(source))
-    add_tokens(model.get_base_model() if find_model(config.at(source)).adapter else model, chat, config.seed)
-    return LossModel(model, "sdpa"), f"the base {Path(source)}"
+    add_tokens(causal_lm_of(model), chat, config.seed)
+    unread = " (checkpoints in shards are not read here)" if any(map(has_shards, before)) else ""
+    return LossModel(model, "sdpa"), f"the base {Path(source)}{unread}"
 
 
 def example_losses(run: Run, model: LossModel, material: Material, rows: list[np.ndarray]) -> list[list[float]]:

@@ -75,7 +75,7 @@ def find_model(path: str) -> Place:
                 if (beside / "config.json").exists():
                     return Place(str(beside), str(place))
             named, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-            if not (is_hub_name(named) or Path(named).is_dir()):
+            if os.path.isabs(named) and not Path(named).is_dir():
                 raise UserError(f"{path}: its base {named} is not here. Put it there, or write where it is into "
                                 f"{place / 'adapter_config.json'} (base_model_name_or_path).")
             return Place(local_model(f"{named}@{revision}" if revision and is_hub_name(named) else named), str(place))

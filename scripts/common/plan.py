@@ -137,7 +137,8 @@ def make_plan(sources: list[Source], stages: list[Stage], *, max_seq_length: int
 
 
 def _check_size(sources: list[Source], stages: list[Stage], rows_per_step: int, max_steps: int) -> None:
-    """UserError for a slipped digit, before memory is full of draws: at least so many examples would be drawn."""
+    """UserError for a slipped digit, before memory is full of draws. A row has one example or more; a stage that ends
+    at a step is counted from the first one."""
     drawn = 0.0
     for stage in stages:
         taken = stage.n_samples or [None] * len(stage.sources)

@@ -148,7 +148,6 @@ def train_answers(subject: Subject, say: Callable[[str], None]) -> Counter[str] 
     paths = dict.fromkeys([*subject.settings.get("dataset_paths", []), *staged])
     if not all(Path(path).is_file() for path in paths):
         return None
-    trained_on = subject.fingerprints
     found: Counter[str] = Counter()
     try:
         for path in paths:
@@ -157,7 +156,7 @@ def train_answers(subject: Subject, say: Callable[[str], None]) -> Counter[str] 
                 case = make_case(row, "")
                 if case.context and is_short(case.reference):
                     found[case.reference.strip()] += 1
-            if reader.sha256 != trained_on.get(f"data {dataset_name(path)}"):
+            if reader.sha256 != subject.fingerprints.get(f"data {dataset_name(path)}"):
                 raise UserError(f"{path} is not what was trained on.")
     except (UserError, OSError) as fault:  # what was measured is worth more than this number
         say(f"most frequent answer: of the references, for the training rows cannot be read. {fault}")
