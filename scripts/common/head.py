@@ -39,9 +39,14 @@ class HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         d_hidden, d_weight, d_bias = torch.empty_like(hidden) if need_h else None, None, None
         d_rows = torch.zeros_like(rows, dtype=torch.float32) if need_r else None
-        for start, end in chunks(len(targets), len(matrix) * matrix.itemsize, matrix.is_cuda):
+        places = chunks(len(targets), len(matrix) * matrix.itemsize, matrix.is_cuda)
+        # one for all chunks: memory is dear to touch anew
+        room = matrix.new_empty(places[0][1], len(matrix))
+        product = matrix.new_empty(matrix.shape) if need_w and dtype != torch.float32 else None  # fp32 is summed in place
+        for start, end in places:
             part, wanted = hidden[start:end].detach().to(dtype), targets[start:end]
-            logits = part @ matrix.t() if bias is None else logits_of(part, matrix, bias)  # (chunk, V)
+            logits = torch.mm(part, matrix.t(), out=room[:end - start])  # (chunk, V)
+            logits = logits if bias is None else logits.float().add_(bias.detach().float())
             total += _to_shares(logits, wanted).sum(dtype=torch.float64)
             shares = logits.to(dtype)
             if need_b:
@@ -50,7 +55,7 @@ class HeadLoss(torch.autograd.Function):
             if need_h:
                 d_hidden[start:end] = shares @ matrix - matrix[wanted]
             if need_w:
-                d_weight = _sum(d_weight, shares.t() @ part)
+                d_weight = _sum(d_weight, torch.mm(shares.t(), part, out=product))
                 _take_off(d_weight, wanted, part.float())
             if need_r:
                 d_rows += (shares[:, ids].float() - (wanted[:, None] == ids).float()).t() @ part.float()

@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**26, 2**29  # logits at a time, as in head.py
 BLOCK, LONGEST_KEPT = 192, 1024  # of causal_blocks, as in attention.py
-# (LoRA, bf16) -> bytes a token and layer keeps: a * hidden + b * inner + c * r
-KEPT = {(False, False): (40, 16, 0), (False, True): (44, 8, 0), (True, False): (72, 20, 28), (True, True): (60, 12, 14)}
+# (mode, bf16) -> bytes a token and layer keeps: a * hidden + b * inner + c * r; PEFT: LoRA that is not FusedLinear's
+KEPT = {("full", False): (40, 16, 0), ("full", True): (44, 8, 0), ("LoRA", False): (38, 17, 28),
+        ("LoRA", True): (42, 9, 14), ("PEFT", False): (72, 20, 28), ("PEFT", True): (60, 12, 14)}
 KEPT_ONCE = 30  # bytes a token and hidden: embeddings, outputs of the last layer (counted 16 to 44, by mode and share)
 LIBRARIES = 180 << 20  # bytes that come with training: code of libraries, the probe of the attention path, evaluation
 CONTEXT = 600 << 20  # what CUDA takes for itself (not measured)
-SLACK = {False: 1.2, True: 1.65}  # by LoRA: activations take so much more than the sum of what is kept
+# activations take so much more than the sum of what is kept, by mode and bf16
+SLACK = {("full", False): 1.2, ("full", True): 1.2, ("LoRA", False): 1.4, ("LoRA", True): 1.65, ("PEFT", False): 1.65,
+         ("PEFT", True): 1.65}
 FLOPS_PER_PARAMETER = {False: 6, True: 4}  # of a token, by LoRA: the frozen matrices have no gradient of their own
 
 
@@ -128,8 +131,9 @@ def needed(shape: Shape, load: Load, *, lora_r: int | None, bf16: bool, checkpoi
     weights = (4 * (shape.parameters - matrices) + int(per_weight * matrices) + 4 * adapters) // share
     gradients = 4 * trained * (2 if processes > 1 and not sharded else 1) // share
     states = (8 * trained if optim == "adamw" else 0) // share
-    slack = SLACK[lora] if on_cpu else 1
-    a, b, c = KEPT[lora, bf16]
+    mode = "full" if not lora else "PEFT" if sharded or dora or in_4bit else "LoRA"
+    slack = SLACK[mode, bf16] if on_cpu else 1
+    a, b, c = KEPT[mode, bf16]
     kept = a * shape.hidden + b * shape.inner + c * (lora_r or 0)
     shares = 4 * shape.heads * load.pairs
     # autocast's copies of the matrices live until the backward pass; FSDP makes each layer's anew

@@ -223,6 +223,7 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
     from accelerate import Accelerator
 
     from common.chat import Encoded
+    from common.lora import fuse
     from common.loss import LossModel
     from common.material import Material
     from common.model import compile_layers, round_frozen
@@ -248,8 +249,10 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
                        lr_scheduler_type="constant", use_lora=task.mode == "lora", max_grad_norm=0.0)
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=True)
     model = LossModel(with_lora(task, make_model(task)), "sdpa")
-    if bf16 and task.mode == "lora":
-        round_frozen(model.model, torch.bfloat16)
+    if task.mode == "lora":
+        fuse(model.model)
+        if bf16:
+            round_frozen(model.model, torch.bfloat16)
     if compiled:
         print(compile_layers(model.causal_lm), file=sys.stderr)
     with accelerator.autocast():
