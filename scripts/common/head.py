@@ -40,9 +40,9 @@ class HeadLoss(torch.autograd.Function):
         d_hidden, d_weight, d_bias = torch.empty_like(hidden) if need_h else None, None, None
         d_rows = torch.zeros_like(rows, dtype=torch.float32) if need_r else None
         places = chunks(len(targets), len(matrix) * matrix.itemsize, matrix.is_cuda)
-        # one for all chunks: memory is dear to touch anew
+        # memory that all chunks share: it is dear to touch anew. A product in fp32 becomes the sum itself
         room = matrix.new_empty(places[0][1], len(matrix))
-        product = matrix.new_empty(matrix.shape) if need_w and dtype != torch.float32 else None  # fp32 is summed in place
+        product = matrix.new_empty(matrix.shape) if need_w and dtype != torch.float32 else None
         for start, end in places:
             part, wanted = hidden[start:end].detach().to(dtype), targets[start:end]
             logits = torch.mm(part, matrix.t(), out=room[:end - start])  # (chunk, V)
