@@ -142,6 +142,7 @@ def test_a_pass_without_positions_has_a_gradient() -> None:
     assert x.grad.shape == x.shape and float(layer.lora_A["default"].weight.grad.abs().sum()) == 0
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's about the last two
 def test_what_is_not_plain_stays_with_peft() -> None:
     """DoRA computed without its magnitudes, a transposed matrix as if it were none, a bias that nothing trains."""
     torch.manual_seed(0)

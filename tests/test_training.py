@@ -344,6 +344,19 @@ def test_frozen_matrices_in_bf16_change_nothing(train, tmp_path, monkeypatch, fl
     assert ("samples.jsonl" in kept["fp32"]) == ("merged/model.safetensors" in kept["fp32"]) == ("do_gen_test" in flags)
 
 
+def test_lora_in_one_product_learns_what_peft_learns(train, tmp_path, monkeypatch):
+    """Guards against a product that no run takes, and against one that learns something else."""
+    from common.lora import fuse
+
+    found, losses = [], {}
+    for how, chosen in (("fused", lambda model: found.append(fuse(model))), ("PEFT", lambda _: None)):
+        monkeypatch.setattr("common.lora.fuse", chosen)
+        train(tmp_path / how, lora_dropout=0, learning_rate=1e-3).ok()
+        losses[how] = [line["loss"] for line in metrics(tmp_path / how) if "loss" in line]
+    assert found[0] > 0 and losses["fused"][-1] < losses["fused"][0]
+    assert losses["fused"] == pytest.approx(losses["PEFT"], rel=1e-5)
+
+
 def test_gradient_checkpointing_and_micro_batch_change_nothing(train, tmp_path):
     """Guards against a loss that depends on how a step is cut or on recomputing activations."""
     usual = {"lora_dropout": 0, "learning_rate": 1e-3}

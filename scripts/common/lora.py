@@ -57,7 +57,7 @@ def draw_kept(x: torch.Tensor, share: float) -> torch.Tensor:
 
     On CPU four from each number of 64 bits: bernoulli_ takes five times as long, twice that of the product itself.
     """
-    if x.is_cuda:
+    if x.device.type != "cpu":
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - share)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
     return (bits.view(torch.int16)[:x.numel()] >= round(share * LEVELS) - LEVELS // 2).view(x.shape)
