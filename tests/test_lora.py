@@ -60,7 +60,7 @@ class SameDraws(nn.Module):
         self.share = round(share * LEVELS) / LEVELS
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.where(draw_kept(x, self.share), x, 0.0) / (1 - self.share)
+        return torch.where(draw_kept(x, x[:0], self.share), x, 0.0) / (1 - self.share)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -87,13 +87,38 @@ def test_dropout_drops_the_share_that_is_asked_for() -> None:
     torch.manual_seed(0)
     x = torch.zeros(400, 1003)
     for share in (0.05, 0.5, 0.9):
-        first, second = draw_kept(x, share), draw_kept(x, share)
+        first, second = draw_kept(x, x[:0], share), draw_kept(x, x[:0], share)
         sigma = (share * (1 - share) / x.numel()) ** 0.5
         flat = first.flatten().float()
         assert abs(1 - float(flat.mean()) - share) < 5 * sigma
         assert abs(float((first == second).float().mean()) - share ** 2 - (1 - share) ** 2) < 8 * sigma
         for gap in (1, 2, 4):  # four numbers come from one draw
             assert abs(float((flat[:-gap] * flat[gap:]).mean()) - (1 - share) ** 2) < 8 * sigma
+
+
+def test_compiled_adapters_of_one_input_have_draws_of_their_own() -> None:
+    """The compiler's search for common terms took the masks of q, k and v for one."""
+    _, fused = both(lora_dropout=0.5)
+    first, second, *_ = (m for m in fused.modules() if isinstance(m, FusedLinear))
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(6, first.in_features, requires_grad=True)
+    torch._dynamo.reset()
+    found = {}
+    for how in ("eager", "aot_eager_decomp_partition"):  # the latter divides forward and backward as inductor's does
+        torch.manual_seed(0)
+        found[how] = torch.compile(lambda x: (first(x), second(x)), backend=how)(x)
+        (found[how][0].sum() + found[how][1].sum()).backward()
+    (a, b), (c, d) = found.values()
+    assert torch.allclose(a, c) and torch.allclose(b, d) and not torch.allclose(a, b)
+
+
+def test_two_precisions_without_autocast_stay_a_fault() -> None:
+    """Answers in bf16 of a model whose base was rounded for training, in silence."""
+    _, fused = both()
+    layer = next(m for m in fused.modules() if isinstance(m, FusedLinear))
+    layer.base_layer.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.zeros(2, layer.in_features))
 
 
 def test_without_training_nothing_is_dropped() -> None:

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import nn
 
-LEVELS = 2**16  # dropout's share is a multiple of 1 / LEVELS on CPU
+LEVELS = 2**16  # dropout's share is a multiple of 1 / LEVELS
 
 
 class _Product(torch.autograd.Function):
@@ -50,37 +50,37 @@ def _masked(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     return x if keep is None else torch.where(keep, x, 0.0)
 
 
-# the tag: two calls with the same input are two draws, and none is made again in the backward pass
 @torch.library.custom_op("sft::draw_kept", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw_kept(x: torch.Tensor, share: float) -> torch.Tensor:
-    """Draw which numbers of x dropout keeps, bool in its shape: each with probability 1 - share.
+def draw_kept(x: torch.Tensor, a: torch.Tensor, share: float) -> torch.Tensor:
+    """Draw which numbers of x dropout keeps, bool in its shape: each with probability 1 - share. a: the adapter's own
+    matrix, which is not looked at; without it a compiler takes the draws of two adapters of one input for the same.
 
     On CPU four from each number of 64 bits: bernoulli_ takes five times as long, twice that of the product itself.
     """
     if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - share)
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - share)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
     return (bits.view(torch.int16)[:x.numel()] >= round(share * LEVELS) - LEVELS // 2).view(x.shape)
 
 
 @draw_kept.register_fake
-def _(x: torch.Tensor, share: float) -> torch.Tensor:
-    return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+def _(x: torch.Tensor, a: torch.Tensor, share: float) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device)
 
 
 class FusedLinear(Linear):
     """PEFT's lora.Linear, whose plain case is one product."""
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        if args or kwargs or self.disable_adapters or self.merged:
+        base, device = self.base_layer, x.device.type
+        rounds = torch.is_autocast_enabled(device)  # without, two precisions are a fault, which PEFT's chain shows
+        if args or kwargs or self.disable_adapters or self.merged or not (rounds or x.dtype == base.weight.dtype):
             return super().forward(x, *args, **kwargs)
-        name, device = self.active_adapters[0], x.device.type
-        base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        name, dtype = self.active_adapters[0], torch.get_autocast_dtype(device) if rounds else x.dtype
+        flat, a, b = x.reshape(-1, x.shape[-1]).to(dtype), self.lora_A[name].weight, self.lora_B[name].weight
         share = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
-        share = round(share * LEVELS) / LEVELS
-        keep = draw_kept(flat.detach(), share) if share else None
+        share = min(round(share * LEVELS), LEVELS - 1) / LEVELS
+        keep = draw_kept(flat.detach(), a.detach(), share) if share else None
         bias = None if base.bias is None else base.bias.to(dtype)
         out = _Product.apply(flat, keep, base.weight.to(dtype), bias, a, b, self.scaling[name] / (1 - share))
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -88,7 +88,7 @@ class FusedLinear(Linear):
 
 def fuse(model: nn.Module) -> int:
     """Let the adapters of a model be computed so, where they are plain ones below which all is frozen: not DoRA, nor
-    what is held in 4 bits, nor experts in one tensor. Returns how many are."""
+    what is held in 4 bits, experts in one tensor, or matrices of another class (GPT-2, Falcon). Returns how many."""
     plain = [m for m in model.modules() if type(m) is Linear and _is_plain(m)]
     for module in plain:
         module.__class__ = FusedLinear
