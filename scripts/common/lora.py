@@ -55,7 +55,7 @@ def draw_kept(x: torch.Tensor, a: torch.Tensor, share: float) -> torch.Tensor:
     """Draw which numbers of x dropout keeps, bool in its shape: each with probability 1 - share. a: the adapter's own
     matrix, which is not looked at; without it a compiler takes the draws of two adapters of one input for the same.
 
-    On CPU four from each number of 64 bits: bernoulli_ takes five times as long, twice that of the product itself.
+    On CPU four from each number of 64 bits: bernoulli_ takes five times as long, twice as long as the product.
     """
     if x.device.type != "cpu":
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - share)

@@ -140,7 +140,7 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
         model = whole_on_main(run, lambda empty: build_model(run, chat, grows, empty))
     else:
         model = build_model(run, chat, grows)
-        if config.use_lora and not is_zero():  # it gathers the weights of a module when that is called
+        if config.use_lora and not is_zero():  # DeepSpeed gathers a module's weights when that is called
             from common.lora import fuse
 
             fuse(model)
