@@ -446,7 +446,7 @@ def test_details_of_the_forms(tmp_path):
     ({"messages": [{"role": "system", "content": "x"}, *ROW], "system": "y"},
      '"system" and the system message differ. Keep one of them.'),
     ({"prompt": "a", "response": "b", "system": 3},
-     '"system" is a number. Rows need prompt and response, or messages.'),
+     '"system" is a number. It has to be a text.'),
     ({"prompt": "a", "response": "b", "source": []}, '"source" is a list. It has to be a text, a number or null.'),
     ({"messages": ROW, "tools": "f"}, "not JSON at column 1 ('f')."),
     ({"messages": ROW, "tools": {}}, '"tools" is an object. It has to be a list of tool descriptions.'),

@@ -20,8 +20,8 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 from common.faults import UserError
+from common.messages import MessageReader, add_system, tools_of
 from common.records import SHOWN, Bad, RecordReader, bad_rows, kind_of
-from common.rows import RowReader
 
 LOG_FORMS = ("gptme", "openai", "chatgpt")
 DATES = ("timestamp", "update_time", "updated_at", "create_time", "created_at", "created", "date")
@@ -31,7 +31,7 @@ HIDDEN = ("user_editable_context", "model_editable_context", "thoughts", "reason
 
 @dataclass(slots=True)
 class Conversation:
-    """One conversation. messages: as in Row, and `places` has the place of each; when: seconds since 1970, or None."""
+    """One conversation. messages: as MessageReader reads them; places: of each; when: seconds since 1970, or None."""
 
     id: str
     messages: list[dict]
@@ -125,7 +125,7 @@ class LogReader:
         self.bad: list[str] = []
         self.n_bad = self.n_read = self.damaged = 0
         self.notes: Counter[str] = Counter()
-        self._rows = RowReader("", role_map=self.role_map)
+        self._message = MessageReader(self.role_map)
 
     def __iter__(self) -> Iterator[Conversation]:
         read = {"gptme": self._gptme, "openai": self._openai, "chatgpt": self._chatgpt}[self.form]
@@ -172,7 +172,7 @@ class LogReader:
                 self.notes["messages for the screen only left out"] += 1
                 continue
             try:
-                message = self._rows.message(record, "the message")
+                message = self._message.read(record, "the message")
                 talk.when = _latest(talk.when, record)
             except Bad as fault:
                 self._bad_at(records, place, fault)
@@ -196,9 +196,10 @@ class LogReader:
                 if not isinstance(values, list):
                     finding = kind_of(values) if "messages" in record else f"missing (keys: {', '.join(record)})"
                     raise Bad(f'"messages" is {finding}. A line is {{"messages": [{{role, content}}, …]}}.')
-                messages = self._rows.messages_of(values, "messages")
+                messages = self._message.read_all(values, "messages")
                 told = len(messages)
-                tools = self._rows.complete(messages, record)
+                add_system(messages, record)
+                tools = tools_of(record)
                 dates = [_latest(None, part) for part in (record, *values)]
             except Bad as fault:
                 self._bad_at(records, place, fault)
@@ -239,9 +240,9 @@ class LogReader:
         """Add a message of the export, if the conversation was built on it; raise Bad."""
         author, content = node.get("author"), node.get("content")
         role = author.get("role") if isinstance(author, dict) else None
-        known = self._rows.roles.get(role) if isinstance(role, str) else None
+        known = self._message.roles.get(role) if isinstance(role, str) else None
         if known is None:
-            raise Bad(f"a message has the unknown role {role!r} (known: {', '.join(self._rows.roles)}).")
+            raise Bad(f"a message has the unknown role {role!r} (known: {', '.join(self._message.roles)}).")
         if not isinstance(content, dict):
             raise Bad(f'"content" of a message is {kind_of(content)}. It has to be an object.')
         more = node.get("metadata") if isinstance(node.get("metadata"), dict) else {}

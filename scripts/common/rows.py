@@ -15,11 +15,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 
-from common.calls import tool_calls
 from common.faults import UserError
+from common.messages import NOTHING, MessageReader, add_system, checked_text, tools_of
 from common.records import SHOWN, Bad, Lines, Record, RecordReader, bad_rows, kind_of, parse
 
 FORMS = {  # form -> keys that show it; the first key of the first form that is there and not null decides
@@ -41,13 +40,6 @@ WAY_OUT = {
 ANY_FORM = ("system", "source", "id", "tools", "functions", "first_prompt")
 OPTIONAL = {"prompt": ("completion", "history"), "instruction": ("input", "history")}  # keys of one form
 READ = {form: {*NEEDED[form], *OPTIONAL.get(form, ()), *ANY_FORM} for form in FORMS}
-READ_OF_MESSAGE = {"role", "content", "from", "value", "train", "training", "loss", "weight", "tool_calls",
-                   "function_call", "name", "tool_call_id", "speaker", "reasoning_content"}
-ROLES = ("system", "user", "assistant", "tool")
-ROLE_MAP = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant",
-            "bing": "assistant", "bard": "assistant", "developer": "system", "function": "tool", "observation": "tool",
-            "function_call": "assistant"}
-NOTHING = (None, "", [], {})  # values that say nothing
 HINTS = {  # keys of rows that need another step first -> that step
     ("mapping",): "This is ChatGPT's export; scripts/prepare_sft_datasets.py --dataset chatgpt reads it.",
     ("chosen",): "To learn the better answer of a preference pair, rename chosen to response, or to messages if it is "
@@ -60,8 +52,7 @@ HINTS = {  # keys of rows that need another step first -> that step
 class Row:
     """One row. line: the line for JSONL and CSV (where the row starts), the row's number for JSON arrays and parquet.
 
-    messages: [{"role": system|user|assistant|tool, "content": str}], assistant ones also "train": bool, and where given
-    tool_calls, name, tool_call_id, speaker (the template's name for the role). Or None, and text is the plain text.
+    messages: as MessageReader reads them. Or None, and text is the plain text.
     """
 
     line: int
@@ -142,15 +133,9 @@ class RowReader(Counts):
     def __init__(self, path: str | Path, *, skip_bad_rows: bool = False, role_map: dict[str, str | tuple] | None = None,
                  columns: dict[str, str] | None = None, edit: Callable[[dict], str | None] | None = None,
                  edited: Iterable[str] = (), form: str | None = None, mixed: bool = False):
-        given = {name: role if isinstance(role, str) else role[0] for name, role in (role_map or {}).items()}
-        for name, role in given.items():
-            if role not in ROLES:
-                raise UserError(f'role map: "{name}" is mapped to "{role}", which is no role. '
-                                f'Roles: {", ".join(ROLES)}.')
         self.path, self.skip_bad_rows, self.columns = Path(path), skip_bad_rows, columns or {}
         self.edit, self.edited, self.asked_form, self.mixed = edit, set(edited), form, mixed
-        self.roles = {r: r for r in ROLES} | ROLE_MAP | given
-        self.speakers = {name: role[1] for name, role in (role_map or {}).items() if not isinstance(role, str)}
+        self._message = MessageReader(role_map, lambda keys: self.unread.update(keys))
         self._read = {form: getattr(self, f"_{form}") for form in FORMS if form != "text"}
         self._start()
 
@@ -268,7 +253,8 @@ class RowReader(Counts):
 
     def _add_optional(self, row: Row, record: dict, form: str) -> None:
         if row.messages is not None:
-            row.tools = self.complete(row.messages, record, form)
+            add_system(row.messages, record, self._name("system"))
+            row.tools = tools_of(record)
         row.source, row.id, row.prompt = (_label(record, key) for key in ("source", "id", "first_prompt"))
         self.unread.update([key for key in record if key not in READ[form] and record[key] not in NOTHING])
 
@@ -302,7 +288,7 @@ class RowReader(Counts):
                 and "history" not in record):
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response, "train": True}]
         if isinstance(prompt, list):
-            before = self.messages_of(prompt, "prompt")
+            before = self._message.read_all(prompt, self._name("prompt"))
             for message in before:
                 if message["role"] == "assistant":
                     message["train"] = False  # context; a trained earlier turn belongs in the messages form
@@ -310,7 +296,7 @@ class RowReader(Counts):
             before = [{"role": "user", "content": self._text(record, "prompt", "prompt")}]
         before = [*self._history(record.get("history")), *before]
         if isinstance(response, list):
-            after = self.messages_of(response, key)
+            after = self._message.read_all(response, self._name(key))
             if not any(m["role"] == "assistant" for m in after):
                 raise Bad(f'no assistant message in "{key}". There is nothing to learn from the row.')
         else:
@@ -333,7 +319,7 @@ class RowReader(Counts):
             raise Bad('"history" is no list of pairs. It has to be [[instruction, output], …].')
         turns = [turn for asked, answered in pairs for turn in (
             {"role": "user", "content": asked}, {"role": "assistant", "content": answered, "train": False})]
-        return self.messages_of(turns, "history")
+        return self._message.read_all(turns, self._name("history"))
 
     def _messages(self, record: dict, key: str = "messages") -> list[dict]:
         value = record.get(key)
@@ -343,7 +329,7 @@ class RowReader(Counts):
             value = parse(value)
         if not isinstance(value, list):
             raise Bad(f'"{self._name(key)}" is {kind_of(value)}. {WAY_OUT[key]}')
-        messages = self.messages_of(value, key)
+        messages = self._message.read_all(value, self._name(key))
         if "assistant" not in [m["role"] for m in messages]:
             raise Bad("no assistant message. There is nothing to learn from the row.")
         return messages
@@ -351,120 +337,13 @@ class RowReader(Counts):
     def _conversations(self, record: dict) -> list[dict]:
         return self._messages(record, "conversations")
 
-    def messages_of(self, values: list, key: str) -> list[dict]:
-        """Checked messages as in Row; `key` is named in findings. Raises Bad."""
-        if not values:
-            raise Bad(f'"{self._name(key)}" is an empty list. Rows need at least one user and one assistant message.')
-        name = self._name(key)
-        return [self.message(value, _place(i, name)) for i, value in enumerate(values, 1)]
-
-    def message(self, value: object, place: str) -> dict:
-        """One checked message as in Row. Raises Bad."""
-        if not isinstance(value, dict):
-            raise Bad(f"{place} is {kind_of(value)}. A message is {{role, content}}.")
-        role_key, content_key = ("from", "value") if "from" in value and "role" not in value else ("role", "content")
-        role, content = value.get(role_key), value.get(content_key)
-        if role is None:
-            raise Bad(f'{place} has no "{role_key}" (keys: {", ".join(value)}). A message is {{role, content}}.')
-        known = self.roles.get(role) if isinstance(role, str) else None
-        if known is None:
-            raise Bad(f'{place} has the unknown role {role!r} (known: {", ".join(self.roles)}). Rename it, or map it '
-                      "to one of them in role_map.")
-        message = {"role": known, "content": self._content(content, content_key, value, place)}
-        if known == "assistant":
-            message["train"] = True
-        if role == "function_call":
-            message |= {"content": "", "tool_calls": tool_calls(message["content"], place)}
-            if not message["tool_calls"]:
-                raise Bad(f'{place} is no function call. It has to be {{"name": …, "arguments": …}} or a list of them.')
-        if role in self.speakers:
-            message["speaker"] = self.speakers[role]
-        if len(value) > 2 or content is None:
-            self._add_extras(message, value, place)
-        return message
-
-    def _content(self, content: object, key: str, message: dict, place: str) -> str:
-        if isinstance(content, str):
-            if "\0" in content:
-                raise Bad(f"a NUL byte in {place}. Remove it; the file may be damaged.")
-            return content
-        if content is None:
-            if message.get("tool_calls") or message.get("function_call"):
-                return ""
-            finding = "is null" if key in message else f"is missing (keys: {', '.join(message)})"
-            raise Bad(f'"{key}" of {place} {finding}. Give it a text, or tool_calls.')
-        if not isinstance(content, list):
-            raise Bad(f'"{key}" of {place} is {kind_of(content)}. It has to be a text or a list of text parts.')
-        for part in content:
-            what = part.get("type") or "text" if isinstance(part, dict) else None
-            if what != "text" or not isinstance(part.get("text"), str):
-                raise Bad(f'"{key}" of {place} has a part that is no text ({what or kind_of(part)}). '
-                          'Only parts {"type": "text", "text": …} can be used.')
-        return self._content("".join(part["text"] for part in content), key, message, place)
-
-    def _add_extras(self, message: dict, value: dict, place: str) -> None:
-        train, assistant = value.get("train"), message["role"] == "assistant"
-        if train is None and assistant:  # as Axolotl and ms-swift call it
-            train = next((value[name] for name in ("training", "loss") if isinstance(value.get(name), bool)), None)
-        if value.get("train_detail"):  # Axolotl's
-            raise Bad(f'"train_detail" of {place} marks parts of an answer, which is not read. Mark whole answers with '
-                      '"train".')
-        if train is not None and not isinstance(train, bool):
-            raise Bad(f'"train" of {place} is {kind_of(train)} ({train!r}). It has to be true or false.')
-        if assistant and value.get("weight") is not None:  # OpenAI's name for it
-            train = _of_weight(value["weight"], train, place)
-        if assistant:
-            message["train"] = train is not False
-        elif train:
-            raise Bad(f'"train" of {place} is true, but its role is {message["role"]}. Only assistant messages are '
-                      "trained.")
-        calls = tool_calls(value.get("tool_calls"), place) or tool_calls(value.get("function_call"), place)
-        if calls:
-            if not assistant:
-                raise Bad(f'"tool_calls" in {place}, whose role is {message["role"]}. Only the assistant calls tools.')
-            message["tool_calls"] = calls
-        for key in ("name", "tool_call_id", "speaker", "reasoning_content"):
-            if isinstance(value.get(key), str):
-                message[key] = value[key]
-        if not value.keys() <= READ_OF_MESSAGE:
-            self.unread.update([f"{key} of messages" for key in value
-                                if key not in READ_OF_MESSAGE and value[key] not in NOTHING])
-
-    def complete(self, messages: list[dict], record: dict, form: str = "messages") -> list | None:
-        """Add the system text that stands beside the messages, and return the tools; raise Bad."""
-        if record.get("system") not in NOTHING:
-            system = self._text(record, "system", form)
-            if messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": system})
-            elif messages[0]["content"] != system:
-                raise Bad('"system" and the system message differ. Keep one of them.')
-        tools, older = record.get("tools"), record.get("functions")
-        if not tools and isinstance(older, list):  # OpenAI's older form
-            tools = [{"type": "function", "function": function} for function in older]
-        if isinstance(tools, str) and tools:  # parquet and CSV cannot hold free objects: the list comes as JSON text
-            tools = parse(tools)
-        if not tools and (tools is None or isinstance(tools, (str, list))):
-            return None
-        if not isinstance(tools, list):
-            raise Bad(f'"tools" is {kind_of(tools)}. It has to be a list of tool descriptions.')
-        return tools
-
     def _text(self, record: dict, key: str, form: str) -> str:
-        value = record.get(key)
-        if isinstance(value, str):
-            if "\0" in value:
-                raise Bad(f'a NUL byte in "{self._name(key)}". Remove it; the file may be damaged.')
-            return value
-        finding = f"is {kind_of(value)}" if key in record else f"is missing (keys: {', '.join(record)})"
-        raise Bad(f'"{self._name(key)}" {finding}. {WAY_OUT[form] if key in record else _way_out(record, form)}')
+        if key not in record:
+            raise Bad(f'"{self._name(key)}" is missing (keys: {", ".join(record)}). {_way_out(record, form)}')
+        return checked_text(record[key], self._name(key), WAY_OUT[form])
 
     def _name(self, key: str) -> str:
         return self.columns.get(key, key)
-
-
-@lru_cache(1000)
-def _place(number: int, key: str) -> str:
-    return f'message {number} of "{key}"'
 
 
 def join_input(instruction: str, more: str) -> str:
@@ -476,14 +355,6 @@ def join_input(instruction: str, more: str) -> str:
 
 def _way_out(record: dict, form: str) -> str:
     return next((hint for keys, hint in HINTS.items() if all(key in record for key in keys)), WAY_OUT[form])
-
-
-def _of_weight(weight: object, train: bool | None, place: str) -> bool:
-    """Whether an answer of this weight is trained; raise Bad."""
-    if weight not in (0, 1) or train not in (None, weight == 1):
-        finding = "0 or 1" if weight not in (0, 1) else 'as "train" says, or away'
-        raise Bad(f'"weight" of {place} is {weight!r}. It has to be {finding}.')
-    return weight == 1
 
 
 def _form_of(record: dict) -> str | None:

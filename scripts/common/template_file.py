@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from common.config import nearest
 from common.faults import UserError
-from common.rows import ROLE_MAP, ROLES
+from common.messages import ROLE_MAP, ROLES
 from common.structured import read_structured
 
 KEYS = ("settings", "instruction_data_transformation", "jinja2_chat_template", "chat_template_data")
