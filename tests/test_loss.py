@@ -1,7 +1,9 @@
 """The loss: packed equals separate on every attention path, the head only where trained, token-weighted."""
 from __future__ import annotations
 
+import hashlib
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from common import head
+from common import attention, head
 from common.attention import PACKED, count_kept, packed_attention
 from common.chat import Encoded
 from common.faults import UserError
@@ -161,15 +163,18 @@ def test_attention_by_blocks_equals_eager(kv_heads: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_compiled_layers_are_the_same_and_never_compiled_anew() -> None:
-    """Bug: every batch is compiled anew, attention cuts a layer into pieces, or the last layer runs what was compiled
-    for the others, at every position."""
+def test_compiled_layers_are_the_same_and_never_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: every batch is compiled anew, attention cuts a layer into pieces, the last layer runs what was compiled for
+    the others, at every position, or all of them what another version of attention.py left on the disk."""
     from torch._dynamo.utils import counters
 
     model = llama()
     losses, gradients = zip(*(reference(model, examples) for examples in (EXAMPLES, EXAMPLES[:1])))
     torch._dynamo.reset()
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     compile_layers(model)
+    source = Path(attention.__file__).read_bytes()
+    assert torch.compiler.config.cache_key_tag == hashlib.sha256(source).hexdigest()
     counters.clear()
     loss_model = LossModel(model, PACKED)
     model.set_attn_implementation(PACKED)

@@ -112,19 +112,28 @@ def causal_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, b
 
 @torch.library.custom_op("sft::causal_blocks_backward", mutates_args=())
 def _causal_blocks_backward(d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                            out: torch.Tensor, kept: torch.Tensor, bounds: torch.Tensor,
+                            kept: torch.Tensor, bounds: torch.Tensor,
                             scaling: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    found = query.new_empty(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
-    drop = (d_out * out).sum(-1).t().unsqueeze(-1)  # (heads, T, 1)
+    found = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     query, key, value, d_out, d_query, d_key, d_value = (
         x.transpose(0, 1) for x in (query, key, value, d_out, *found))
-    for keys, rows, place in _blocks(bounds.tolist(), kept, len(query)):
+    begin = -1
+    # from the last block on: it is the one that reaches all keys of its segment, what the others find is added to that.
+    # (a product into a slice of another tensor would be made head by head)
+    for keys, rows, place in reversed(list(_blocks(bounds.tolist(), kept, len(query)))):
         q, k, v, d = query[:, rows], key[:, keys], value[:, keys], d_out[:, rows]
         shares = _probabilities(q, k, scaling) if place is None else place
-        d_value[:, keys].baddbmm_(shares.mT, d)
-        d_scores = torch.bmm(d, v.mT).sub_(drop[:, rows]).mul_(shares)
-        d_query[:, rows].baddbmm_(d_scores, k, beta=0, alpha=scaling)
-        d_key[:, keys].baddbmm_(d_scores.mT, q, alpha=scaling)
+        d_scores = torch.bmm(d, v.mT)
+        torch.ops.aten._softmax_backward_data.out(d_scores, shares, -1, d_scores.dtype, grad_input=d_scores)
+        torch.mul(torch.bmm(d_scores, k), scaling, out=d_query[:, rows])
+        of_key, of_value = torch.bmm(d_scores.mT, q), torch.bmm(shares.mT, d)
+        if keys.start != begin:
+            torch.mul(of_key, scaling, out=d_key[:, keys])
+            d_value[:, keys].copy_(of_value)
+        else:
+            d_key[:, keys].add_(of_key, alpha=scaling)
+            d_value[:, keys].add_(of_value)
+        begin = keys.start
     return found
 
 
@@ -135,14 +144,15 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch
 
 
 @_causal_blocks_backward.register_fake
-def _(d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-      *_: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(_: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+      *__: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _save(ctx: object, inputs: tuple, output: tuple) -> None:
     query, key, value, bounds, _, ctx.scaling = inputs
-    ctx.save_for_backward(query, key, value, *output, bounds)
+    ctx.save_for_backward(query, key, value, output[1], bounds)
+    ctx.set_materialize_grads(False)  # of what is kept: it would be as large
 
 
 def _differentiate(ctx: object, d_out: torch.Tensor, _: torch.Tensor) -> tuple:

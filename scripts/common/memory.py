@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 2**26, 2**29  # logits at a time, as in head.py
 BLOCK, LONGEST_KEPT = 192, 1024  # of causal_blocks, as in attention.py
 # (mode, bf16) -> bytes a token and layer keeps: a * hidden + b * inner + c * r; PEFT: LoRA that is not FusedLinear's
-KEPT = {("full", False): (40, 16, 0), ("full", True): (44, 8, 0), ("LoRA", False): (38, 17, 28),
-        ("LoRA", True): (42, 9, 14), ("PEFT", False): (72, 20, 28), ("PEFT", True): (60, 12, 14)}
+KEPT = {("full", False): (40, 16, 0), ("full", True): (40, 8, 0), ("LoRA", False): (38, 17, 28),
+        ("LoRA", True): (38, 9, 14), ("PEFT", False): (68, 20, 28), ("PEFT", True): (56, 12, 14)}
 KEPT_ONCE = 30  # bytes a token and hidden: embeddings, outputs of the last layer (counted 16 to 44, by mode and share)
 LIBRARIES = 180 << 20  # bytes that come with training: code of libraries, the probe of the attention path, evaluation
 ROUNDED = 100 << 20  # and so many more with LoRA in bf16

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from common import attention
 from common.attention import causal_lm_of
 from common.chat import Chat, load_tokenizer
 from common.checkpoint import put_in_place
@@ -227,6 +229,8 @@ def compile_layers(model: PreTrainedModel) -> str:
     # the last layer has hooks that leave positions out (LastLayer): it must not run what was compiled for the others
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch._dynamo.config.force_nn_module_property_static_shapes = False  # nor be compiled anew for other positions
+    # torch keeps on disk what it compiled, and knows our operators in it by their names alone
+    torch.compiler.config.cache_key_tag = hashlib.sha256(Path(attention.__file__).read_bytes()).hexdigest()
     for layer in layers:
         layer.compile(dynamic=True)
     return f"compile: {len(layers)} layers, at their first use (the first step takes longer)"
