@@ -125,7 +125,7 @@ class LogReader:
         self.bad: list[str] = []
         self.n_bad = self.n_read = self.damaged = 0
         self.notes: Counter[str] = Counter()
-        self._message = MessageReader(self.role_map)
+        self.message_reader = MessageReader(self.role_map)
 
     def __iter__(self) -> Iterator[Conversation]:
         read = {"gptme": self._gptme, "openai": self._openai, "chatgpt": self._chatgpt}[self.form]
@@ -172,7 +172,7 @@ class LogReader:
                 self.notes["messages for the screen only left out"] += 1
                 continue
             try:
-                message = self._message.read(record, "the message")
+                message = self.message_reader.read(record, "the message")
                 talk.when = _latest(talk.when, record)
             except Bad as fault:
                 self._bad_at(records, place, fault)
@@ -196,7 +196,7 @@ class LogReader:
                 if not isinstance(values, list):
                     finding = kind_of(values) if "messages" in record else f"missing (keys: {', '.join(record)})"
                     raise Bad(f'"messages" is {finding}. A line is {{"messages": [{{role, content}}, …]}}.')
-                messages = self._message.read_all(values, "messages")
+                messages = self.message_reader.read_all(values, "messages")
                 told = len(messages)
                 add_system(messages, record)
                 tools = tools_of(record)
@@ -240,9 +240,9 @@ class LogReader:
         """Add a message of the export, if the conversation was built on it; raise Bad."""
         author, content = node.get("author"), node.get("content")
         role = author.get("role") if isinstance(author, dict) else None
-        known = self._message.roles.get(role) if isinstance(role, str) else None
+        known = self.message_reader.roles.get(role) if isinstance(role, str) else None
         if known is None:
-            raise Bad(f"a message has the unknown role {role!r} (known: {', '.join(self._message.roles)}).")
+            raise Bad(f"a message has the unknown role {role!r} (known: {', '.join(self.message_reader.roles)}).")
         if not isinstance(content, dict):
             raise Bad(f'"content" of a message is {kind_of(content)}. It has to be an object.')
         more = node.get("metadata") if isinstance(node.get("metadata"), dict) else {}

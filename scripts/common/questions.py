@@ -57,7 +57,7 @@ class QuestionReader(RowReader):
         if form in ("messages", "conversations") and isinstance(turns, list) and turns:
             last = turns[-1] if isinstance(turns[-1], dict) else {}
             names = ("from", "value") if "from" in last and "role" not in last else ("role", "content")
-            if self.roles.get(str(last.get(names[0]))) == "assistant":
+            if self.message_reader.roles.get(str(last.get(names[0]))) == "assistant":
                 turns = turns[:-1]
             if not turns:
                 raise Bad(f'"{form}" asks nothing before the answer. Give what the user says.')

@@ -135,7 +135,7 @@ class RowReader(Counts):
                  edited: Iterable[str] = (), form: str | None = None, mixed: bool = False):
         self.path, self.skip_bad_rows, self.columns = Path(path), skip_bad_rows, columns or {}
         self.edit, self.edited, self.asked_form, self.mixed = edit, set(edited), form, mixed
-        self._message = MessageReader(role_map, lambda keys: self.unread.update(keys))
+        self.message_reader = MessageReader(role_map, lambda keys: self.unread.update(keys))
         self._read = {form: getattr(self, f"_{form}") for form in FORMS if form != "text"}
         self._start()
 
@@ -288,7 +288,7 @@ class RowReader(Counts):
                 and "history" not in record):
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response, "train": True}]
         if isinstance(prompt, list):
-            before = self._message.read_all(prompt, self._name("prompt"))
+            before = self.message_reader.read_all(prompt, self._name("prompt"))
             for message in before:
                 if message["role"] == "assistant":
                     message["train"] = False  # context; a trained earlier turn belongs in the messages form
@@ -296,7 +296,7 @@ class RowReader(Counts):
             before = [{"role": "user", "content": self._text(record, "prompt", "prompt")}]
         before = [*self._history(record.get("history")), *before]
         if isinstance(response, list):
-            after = self._message.read_all(response, self._name(key))
+            after = self.message_reader.read_all(response, self._name(key))
             if not any(m["role"] == "assistant" for m in after):
                 raise Bad(f'no assistant message in "{key}". There is nothing to learn from the row.')
         else:
@@ -319,7 +319,7 @@ class RowReader(Counts):
             raise Bad('"history" is no list of pairs. It has to be [[instruction, output], …].')
         turns = [turn for asked, answered in pairs for turn in (
             {"role": "user", "content": asked}, {"role": "assistant", "content": answered, "train": False})]
-        return self._message.read_all(turns, self._name("history"))
+        return self.message_reader.read_all(turns, self._name("history"))
 
     def _messages(self, record: dict, key: str = "messages") -> list[dict]:
         value = record.get(key)
@@ -329,7 +329,7 @@ class RowReader(Counts):
             value = parse(value)
         if not isinstance(value, list):
             raise Bad(f'"{self._name(key)}" is {kind_of(value)}. {WAY_OUT[key]}')
-        messages = self._message.read_all(value, self._name(key))
+        messages = self.message_reader.read_all(value, self._name(key))
         if "assistant" not in [m["role"] for m in messages]:
             raise Bad("no assistant message. There is nothing to learn from the row.")
         return messages
