@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.checkpoint import put_in_place
+from common.checkpoint import flush, put_in_place
 from common.config import nearest, parse, setting
 from common.faults import NotFinite, UserError, run_main, say
 from common.outputs import check_replaceable, check_writable
@@ -181,6 +181,7 @@ def save(model: PreTrainedModel, chat: Chat, output_dir: Path) -> None:
     try:
         model.to("cpu").save_pretrained(part)
         chat.tokenizer.save_pretrained(part)
+        flush(part)
         put_in_place(part, output_dir)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -128,6 +128,18 @@ def test_resumed_equals_uninterrupted(bench, reference, tmp_path, monkeypatch, c
     assert read_status(tmp_path / "run")["resumed_from"] == "checkpoint-2"
 
 
+def test_a_damaged_base_is_made_anew(bench, reference, tmp_path):
+    """A bit that flips in the base with its new rows: training goes on against another model, without a word."""
+    ended(bench.run(tmp_path / "run", *LORA, env={"SFT_FAIL_AT": "in_step:4"}), -signal.SIGKILL)
+    path = tmp_path / "run" / "base" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3000] ^= 0x40
+    path.write_bytes(content)
+    said = ended(bench.run(tmp_path / "run", *LORA, RESUME), 0)
+    assert "model.safetensors: sha256 differs); it is made anew" in said
+    assert what_is_left(tmp_path / "run") == reference(*LORA)
+
+
 def test_random_kills(bench, reference, tmp_path):
     """A checkpoint in place but not whole; a start that needs a person."""
     whole, chance, kills, start = reference(*LORA), random.Random(1), 0, time.monotonic()
@@ -716,6 +728,22 @@ def test_a_hung_rank_is_named(bench, reference, tmp_path):
     assert status["exit_status"] == 70 and f"rank 1 (process {child.pids[1]}" in status["reason"]
     assert "did not come further than step 5" in status["reason"]
     ended(bench.run(tmp_path / "run", *TWO, RESUME, ranks=2), 0)
+    assert what_is_left(tmp_path / "run") == reference(*TWO, ranks=2)
+
+
+def test_a_save_may_take_longer_than_the_limit_for_a_hang(bench, reference, tmp_path):
+    """A slow network disk ends the job at its first save, and again after every resume."""
+    def patch() -> None:
+        import common.checkpoint as checkpoint
+
+        real = checkpoint.seal
+
+        def seal(*args: object) -> dict:
+            time.sleep(4 if args[1] == 2 else 0)
+            return real(*args)
+        checkpoint.seal = seal
+
+    ended(bench.run(tmp_path / "run", *TWO, "--rank_timeout_minutes", 0.04, ranks=2, patch=patch), 0)
     assert what_is_left(tmp_path / "run") == reference(*TWO, ranks=2)
 
 

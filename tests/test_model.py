@@ -117,7 +117,7 @@ def test_only_frozen_matrices_below_adapters_are_rounded(tmp_path: Path, dora: b
     """Guards against embeddings, norms, a tied head or a trained weight in bf16."""
     config = SftConfig(model_path="x", dataset_paths=["x"], use_dora=dora,
                        lora_target_modules=["q_proj", "down_proj", "lm_head"])
-    model = add_lora(load_model(make_llama(tmp_path / "model", 40)), config, [])
+    model = add_lora(load_model(make_llama(tmp_path / "model", 40, tied=False)), config, [])
     found = round_frozen(model, torch.bfloat16)
     rounded = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     below = {name for name, _ in model.named_parameters() if name.endswith(("q_proj.base_layer.weight",
@@ -194,6 +194,18 @@ def test_lora_targets_that_do_not_exist_are_named(tmp_path: Path, chat: object) 
     config = SftConfig(model_path="x", dataset_paths=["x"], lora_target_modules=["c_attn"])
     with pytest.raises(UserError, match="q_proj"):
         add_lora(model, config, [])
+
+
+@pytest.mark.parametrize(("tied", "saved", "new", "finding"), [
+    (True, None, False, "are one matrix"), (False, None, True, "rows of new tokens"),
+    (False, ["lm_head"], False, "is in --lora_target_modules too")])
+def test_adapters_on_head_or_embeddings_are_refused_where_there_can_be_none(
+        tmp_path: Path, chat: object, tied: bool, saved: list[str] | None, new: bool, finding: str) -> None:
+    """Bug: a traceback of the library, or a merge that fails after the whole training."""
+    config = SftConfig(model_path="x", dataset_paths=["x"], lora_target_modules=["q_proj", "lm_head"],
+                       modules_to_save=saved)
+    with pytest.raises(UserError, match=finding):
+        add_lora(load_model(make_llama(tmp_path / "model", 40, tied=tied)), config, [39] if new else [])
 
 
 def test_no_weights_no_model(tmp_path: Path) -> None:

@@ -259,6 +259,16 @@ def test_n_samples_keeps_to_a_part():
     assert plan_of([source("a", 3)], [Stage("one", (0,), None, (9,), epochs=1)]).n_steps == 3
 
 
+@pytest.mark.parametrize("end", [{"until_step": 4}, {"epochs": 4 / 30}])
+def test_what_a_stage_did_not_reach_of_its_part_comes_later(end):
+    """A part of which a short stage saw little: the rest would be passed over, and other rows come twice."""
+    sources = [source("a", 100), source("b", 100)]
+    plan = plan_of(sources, [Stage("one", (0,), None, (30,), **end), Stage("two", (0, 1), (1, 1), epochs=1)])
+    uses = Counter(i for s, i in draws(plan, range(plan.n_steps)) if s == 0)
+    assert plan.stage_bounds[1] == 4 and sum(uses.values()) == 104
+    assert len(uses) == 100 and max(uses.values()) == 2
+
+
 # steps and ranks
 
 @pytest.mark.parametrize("packing", [False, True])

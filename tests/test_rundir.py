@@ -87,13 +87,14 @@ def test_a_fresh_start_does_not_run_over_a_run(run):
     assert names(run) == before
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "README.md", "val.jsonl", "metrics.jsonl", "merged"])
 @pytest.mark.parametrize("overwrite,resume", [(False, None), (True, None), (False, "auto")])
-def test_somebody_elses_model_is_never_moved_or_mixed_with(tmp_path, overwrite, resume):
-    """--output_dir set to the base model's directory by mistake must not cost the base model."""
-    (tmp_path / "model.safetensors").write_text("base")
-    with pytest.raises(UserError, match="model.safetensors"):
+def test_what_somebody_else_left_is_never_moved_or_written_over(tmp_path, overwrite, resume, name):
+    """--output_dir set to the base model's directory by mistake, or to one's project, must not cost a file there."""
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=name):
         open_run_dir(tmp_path, resume, overwrite)
-    assert names(tmp_path) == ["model.safetensors"]
+    assert names(tmp_path) == [name]
 
 
 def test_overwrite_moves_the_old_run_aside(run, capsys):

@@ -323,6 +323,16 @@ def test_modules_to_save(train, tmp_path, tied):
     assert sha256(tmp_path / "run" / "adapter_model.safetensors") == before
 
 
+def test_an_adapter_on_the_head_is_trained_and_merged(train, tmp_path):
+    """Guards against a head whose matrix is taken past its adapter: that begins at zero, so no proof sees it."""
+    flags = {"model_path": make_llama(tmp_path / "model", 390, tied=False), "prompt_template": "instruct",
+             "lora_target_modules": ["q_proj", "lm_head"], "learning_rate": 1e-3}
+    done = train(tmp_path / "run", **flags, merge_adapters=True).ok()
+    assert "head at its own forward" in done.out and "merged model" in done.out
+    trained = [name for name, weight in weights(tmp_path / "run").items() if "lora_B" in name and weight.any()]
+    assert len(trained) == 3 and any("lm_head" in name for name in trained)
+
+
 @pytest.mark.parametrize("flags", [
     {"merge_adapters": True, "do_gen_test": True, "max_new_tokens": 5},
     {"gradient_checkpointing": True, "lora_target_modules": ["q_proj", "lm_head"], "prompt_template": "instruct"}],
@@ -330,6 +340,7 @@ def test_modules_to_save(train, tmp_path, tied):
 def test_frozen_matrices_in_bf16_change_nothing(train, tmp_path, monkeypatch, flags):
     """Guards against numbers that differ from those of autocast on fp32 matrices, by one bit, and against answers and a
     merge with what was rounded: the base's weights are no numbers of bf16."""
+    flags = {**flags, "model_path": make_llama(tmp_path / "model", 390, tied=False)}
     lines, said = {}, {}
     for how in ("rounded", "fp32"):
         if how == "fp32":

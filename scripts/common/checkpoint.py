@@ -19,7 +19,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -74,6 +74,15 @@ def fsync_path(path: Path | str) -> None:
         os.close(handle)
 
 
+def flush(directory: Path, paths: Iterable[Path] | None = None) -> None:
+    """fsync the files below a directory (or those of them), then the directories."""
+    paths = [path for path in directory.rglob("*") if path.is_file()] if paths is None else paths
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(fsync_path, paths))
+    for folder in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
+        fsync_path(folder)
+
+
 def atomic_write(path: Path | str, data: str | bytes) -> None:
     """Write a file so that a reader, or a start after a kill, sees the old content or the new one, never a part."""
     path = Path(path)
@@ -125,11 +134,9 @@ def seal(directory: Path, step: int, extra: dict, known: dict | None = None) -> 
     known = known or {}
     paths = sorted(path for path in directory.rglob("*")
                    if path.is_file() and path.relative_to(directory).as_posix() not in known)
-    with ThreadPoolExecutor(4) as pool:  # hashing and fsync release the interpreter lock
-        list(pool.map(fsync_path, paths))
+    flush(directory, paths)
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
         facts = list(pool.map(file_facts, paths))
-    for folder in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
-        fsync_path(folder)
     fail_point("before_manifest", step)
     content = {"format": FORMAT, "step": step, "extra": extra,
                "files": known | {path.relative_to(directory).as_posix(): fact for path, fact in zip(paths, facts)}}
@@ -150,7 +157,7 @@ def read_manifest(path: Path | str) -> dict:
 
 
 def verify(path: Path | str) -> list[str]:
-    """Problems of a checkpoint directory, each `file: finding`; [] if every listed file has its size and sha256.
+    """Problems of a sealed directory, each `file: finding`; [] if every listed file has its size and sha256.
 
     Files that the manifest does not list are ignored. A file that may not be read at all (permissions) is an OSError.
     """
@@ -165,8 +172,8 @@ def verify(path: Path | str) -> list[str]:
         return [f"{MANIFEST}: missing" if fault.errno == errno.ENOENT else f"{MANIFEST}: {fault.strerror}"]
     if content["format"] != FORMAT:
         return [f"{MANIFEST}: format {content['format']}, this version reads {FORMAT}"]
-    problems = [f"{STATE}: not in {MANIFEST}"] if STATE not in content["files"] else []
     name = CHECKPOINT.fullmatch(path.name)
+    problems = [f"{STATE}: not in {MANIFEST}"] if name and STATE not in content["files"] else []
     if name and int(name[1]) != content["step"]:
         problems.append(f"{MANIFEST}: is of step {content['step']}, the directory's name says {name[1]}")
     with ThreadPoolExecutor(4) as pool:
@@ -347,7 +354,7 @@ def rotate(run_dir: Path, state: TrainState, keep: int) -> None:
 def tidy(run_dir: Path | str) -> None:
     """Remove what a killed process left unfinished. Only for the holder of the directory's lock."""
     for path in sorted(Path(run_dir).iterdir()):
-        replaced = re.fullmatch(r"\.replaced-(checkpoint-\d+|merged)\.\d+", path.name)
+        replaced = re.fullmatch(r"\.replaced-(checkpoint-\d+|base|merged)\.\d+", path.name)
         if replaced and not path.with_name(replaced[1]).exists():
             os.rename(path, path.with_name(replaced[1]))
         elif replaced or re.fullmatch(r"\.((partial|removed)-checkpoint-\d+|base|merged)\.\d+", path.name):

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.attention import set_ordinary_attention
 from common.card import hub_card, model_card, modelfile
 from common.chat import Chat
-from common.checkpoint import atomic_json, atomic_write, verify
+from common.checkpoint import atomic_json, atomic_write, flush, verify
 from common.faults import UserError
 from common.loss import LossModel
 from common.material import Material
@@ -43,10 +44,11 @@ def leave_plan(run: Run, described: dict, material: Material) -> None:
 
 
 def forget_plan(run: Run) -> None:
-    """Remove what was written before the first step, so that the mended command starts anew."""
-    for name in ("run.json", "plan.json", "val.jsonl", "test.jsonl", "run_status.json"):
-        (run.directory / name).unlink(missing_ok=True)
+    """Remove what was written before the first step, so that the mended command starts anew. run.json goes last: what
+    is left by a kill half-way is known as a run."""
     shutil.rmtree(run.directory / "base", ignore_errors=True)
+    for name in ("plan.json", "val.jsonl", "test.jsonl", "run_status.json", "run.json"):
+        (run.directory / name).unlink(missing_ok=True)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
@@ -110,17 +112,24 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
     write_model(run, chat, run.directory, run.export_dtype)
     what = "adapter" if config.use_lora else f"model ({str(run.export_dtype)[6:]})"
     run.say(f"{what}, tokenizer and chat template: {run.directory}")
-    if run.rounded and (config.do_gen_test or config.merge_adapters):  # on the base as it is on the disk
-        run.loss_model, run.wrapped, run.optimizer = None, None, None
-        run.accelerator.free_memory()
-        run.loss_model = LossModel(load_model(str(run.directory)).to(run.accelerator.device), "sdpa")
+    if run.rounded and (config.do_gen_test or config.merge_adapters):  # they take the base as it is on the disk
+        _forget_model(run)
     if config.do_gen_test:
+        if run.rounded:
+            # a GPU that could train it in 16 bits may not hold it in 32
+            dtype = torch.float32 if run.accelerator.device.type == "cpu" else "auto"
+            model = load_model(str(run.directory), dtype=dtype).to(run.accelerator.device)
+            run.loss_model = LossModel(model, "sdpa")
         show_answers(run, chat)
     merged = None
     if config.merge_adapters:
         samples = sample_prompts([e for row in material.plan.step_rows(0) for e in material.examples(row)])
-        # after 4-bit training the adapter is merged into the base's own weights, not into what is left of them
-        model = load_model(str(run.directory)) if config.load_in_4bit else run.loss_model.model
+        # what was trained in 4 or 16 bits is merged into the base's own weights, not into what is left of them
+        if config.load_in_4bit or run.rounded:
+            _forget_model(run)
+            model = load_model(str(run.directory))
+        else:
+            model = run.loss_model.model
         dtype = saved_dtype(model.config, config.merge_dtype) if config.merge_dtype else run.export_dtype
         merged = merge_and_save(model, chat, run.directory / "merged", dtype, samples)
         run.say(f"merged model: {run.directory / 'merged'}; largest logit difference to the adapter "
@@ -129,6 +138,13 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
     atomic_write(run.directory / "README.md", model_card(run.directory, state, chat, merged))
     atomic_write(run.directory / "Modelfile", modelfile(chat, config.system_prompt))
     report(run, chat, material)
+    flush(run.directory, [path for path in run.directory.iterdir() if path.is_file()])  # before it is called finished
+
+
+def _forget_model(run: Run) -> None:
+    """Free the memory that training needed."""
+    run.loss_model, run.wrapped, run.optimizer = None, None, None
+    run.accelerator.free_memory()
 
 
 def push_model(run: Run, again: str) -> None:

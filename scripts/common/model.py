@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from common import attention
 from common.attention import causal_lm_of
 from common.chat import Chat, load_tokenizer
-from common.checkpoint import put_in_place
+from common.checkpoint import flush, put_in_place
 from common.config import is_hub_name
 from common.faults import UserError
 from common.forked import cores
@@ -255,6 +255,7 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) ->
         if unknown:  # PEFT says so only where none of them is there
             raise UserError(f"--{flag} {' '.join(unknown)}: there is no such module in a {model.config.model_type} "
                             f"model. It has {', '.join([*linear, *names])}.")
+    _check_ends([] if isinstance(targets, str) else targets, set(names), saved, tied, bool(token_ids))
     whole = set(names) if tied and saved & set(names) else saved  # tied: what trains one whole trains the other
     rows = {name: token_ids for name in names if name not in whole} if token_ids else None
     for name in rows or ():
@@ -277,6 +278,24 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) ->
                             f"{' '.join(linear)}.") from None
         raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: {reason:.200} "
                         f"This model has {', '.join(linear)}.") from None
+
+
+def _check_ends(targets: list[str], names: set[str], saved: set[str], tied: bool, new_tokens: bool) -> None:
+    """Refuse an adapter on the embeddings or the head (`names`) where there can be none. Raises UserError."""
+    for name in targets:
+        end = name.rpartition(".")[2]
+        if end not in names:
+            continue
+        whole = f"train the matrix whole with --modules_to_save {end}"
+        if end in saved:
+            raise UserError(f"--modules_to_save {end}: is in --lora_target_modules too. Leave it out of one of them.")
+        if tied:
+            raise UserError(f"--lora_target_modules {name}: embeddings and head are one matrix in this model, and an "
+                            f"adapter on one of them could not be merged. Leave it out, or {whole}.")
+        if new_tokens:
+            raise UserError(f"--lora_target_modules {name}: rows of new tokens are trained there, beside which there "
+                            f"can be no adapter. Leave it out, {whole}, or take a --prompt_template without new tokens "
+                            "(instruct).")
 
 
 def round_frozen(model: nn.Module, dtype: torch.dtype) -> int:
@@ -350,6 +369,7 @@ def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.d
     try:
         save_full(merged, work, dtype)
         chat.save(work)
+        flush(work)
         put_in_place(work, directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -179,17 +179,18 @@ def _stage_epochs(inputs: _Inputs, streams: list[Stream], stage: Stage, index: i
     """Yield (number, fraction, rows before the cut, draws in the order of the rows, draws in each row) of each epoch,
     until n_epochs are drawn or `room` rows are full (None: no limit)."""
     n_samples, weights = (given or (None,) * len(stage.sources) for given in (stage.n_samples, stage.weights))
-    mine = []
+    mine, parts, used = [], [], []  # parts: of sources, and whose they are
     for i, limit, weight in zip(stage.sources, n_samples, weights):
         if weight is None or weight > 0:
             stream = streams[i]
             if limit is not None and limit < len(stream.members):
-                stream = Stream(np.sort(stream.take_distinct(limit)), inputs.seed, SUBSET, i, index)
+                parts.append((stream.take_distinct(limit), stream))
+                stream = Stream(np.sort(parts[-1][0]), inputs.seed, SUBSET, i, index)
             mine.append((stream, weight))
     for number in count():
         fraction = Fraction(1) if n_epochs is None else min(Fraction(1), n_epochs - number)
         if fraction <= 0 or room == 0:
-            return
+            break
         draws = _epoch_draws(inputs, mine, fraction)
         draws, sizes = _epoch_rows(inputs, draws, index, number)
         n_rows = len(sizes)
@@ -202,7 +203,10 @@ def _stage_epochs(inputs: _Inputs, streams: list[Stream], stage: Stage, index: i
                 stream.give_back(draws[n_used:])
             draws = draws[:n_used]
         if len(draws):
+            used += [draws] if parts else []
             yield number, float(fraction), n_rows, draws, sizes
+    for part, stream in parts:  # what the stage ended before comes in a later one
+        stream.give_back(part[~np.isin(part, np.concatenate([part[:0], *used]))])
 
 
 def _epoch_draws(inputs: _Inputs, mixture: list[tuple[Stream, float | None]], fraction: Fraction) -> np.ndarray:

@@ -82,10 +82,7 @@ def _prove(loss_model: LossModel, name: str, rows: list[list[Encoded]], referenc
     loss_model.attention = name
     if name == PACKED and next(model.parameters()).is_cuda and _has_dropout(model):
         return False, f"attention {_spoken(name)}: not for this model (it has dropout, which torch's kernel does not)"
-    ends = [(False, False, "head and last layer"), (False, True, "head"), (True, True, "head at its own forward")]
-    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):  # small logits would not show it
-        ends = ends[-1:]
-    for plain_head, whole_layers, end in ends:
+    for plain_head, whole_layers, end in _ends(model):
         loss_model.plain_head, loss_model.whole_layers = plain_head, whole_layers
         # a row is never full: the padding behind it must not be seen either
         batch = make_batch(rows, pad_id, len(rows[0][0].input_ids) + 3, loss_model.flat)
@@ -101,6 +98,15 @@ def _prove(loss_model: LossModel, name: str, rows: list[list[Encoded]], referenc
             return True, (f"attention {_spoken(name)}, {end} at trained positions only: {sum(map(len, rows))} examples "
                           f"packed and apart differ by at most {apart.max():.1e} nats a token")
     return False, f"attention {_spoken(name)}: examples packed in a row see each other ({apart.max():.1e} nats a token)"
+
+
+def _ends(model: nn.Module) -> list[tuple[bool, bool, str]]:
+    """(plain_head, whole_layers, its name) of each end of a model to try, the shortest first."""
+    ends = [(False, False, "head and last layer"), (False, True, "head"), (True, True, "head at its own forward")]
+    # what a proof would not see: small logits are not capped, and an adapter begins at zero
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    adapted = hasattr(model.get_output_embeddings(), "lora_A")
+    return ends[-1:] if capped or adapted or model.base_model is model else ends
 
 
 def _spoken(name: str) -> str:

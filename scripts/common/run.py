@@ -14,7 +14,16 @@ from torch import nn
 
 from common.attention import causal_lm_of
 from common.chat import Chat
-from common.checkpoint import TrainState, check_space, checkpoints, read_state, save_checkpoint
+from common.checkpoint import (
+    TrainState,
+    check_space,
+    checkpoints,
+    put_in_place,
+    read_state,
+    save_checkpoint,
+    seal,
+    verify,
+)
 from common.config import level
 from common.data import Part, Parts
 from common.faults import UserError, say
@@ -137,9 +146,11 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
     # tokens are added to whole weights; a base whose embeddings grow is loaded in 4 bits afterwards
     grows = len(chat.tokenizer) > base.get_text_config().vocab_size
     if sharded:  # no device may hold it whole: it stays where it is until each process is given its part
-        model = whole_on_main(run, lambda empty: build_model(run, chat, grows, empty))
+        with run.watch.alive():  # a network disk may take any time
+            model = whole_on_main(run, lambda empty: build_model(run, chat, grows, empty))
     else:
-        model = build_model(run, chat, grows)
+        with run.watch.alive():
+            model = build_model(run, chat, grows)
         if config.use_lora and not is_zero():  # DeepSpeed gathers a module's weights when that is called
             from common.lora import fuse
 
@@ -249,16 +260,19 @@ def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], 
                   empty: bool) -> nn.Module:
     """Put LoRA on the model; a base whose embeddings grew is written once, so that the adapter loads on it plainly."""
     base = run.directory / "base"
-    if grown and run.main and not (base / "config.json").exists():
+    if grown and run.main and (problems := verify(base)):
+        if base.exists():  # every run makes the same one
+            run.say(f"{base}: damaged ({'; '.join(problems[:3])}); it is made anew")
         work = run.directory / f".base.{os.getpid()}"
         try:
             save_full(model, work, run.export_dtype)
             chat.save(work)
-            os.replace(work, base)
+            seal(work, 0, {})
+            put_in_place(work, base)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     if not is_sharded(run.accelerator):  # there the main process is done with it before the others begin
-        run.accelerator.wait_for_everyone()
+        run.watch.meet()
     if grown:  # train against what was written: its rows may have been rounded to the base's dtype
         model = load_model(str(base), in_4bit=run.config.load_in_4bit, empty=empty)
         set_special_ids(model, chat)
@@ -284,12 +298,13 @@ def save_state(run: Run, chat: Chat) -> None:
         write_model(run, chat, directory, torch.float32, weights)
         torch.save(states or run.optimizer.state_dict(), directory / "optimizer.pt")
 
-    if run.main:
-        save_checkpoint(run.directory, run.state, write, keep=run.config.save_total_limit)
-        write_status(run.directory, status="running", step=run.state.step)
-    elif sharded:
-        write_shards(run.loss_model, run.optimizer, None)
-    run.accelerator.wait_for_everyone()
+    with run.watch.alive():  # a network disk may take any time
+        if run.main:
+            save_checkpoint(run.directory, run.state, write, keep=run.config.save_total_limit)
+            write_status(run.directory, status="running", step=run.state.step)
+        elif sharded:
+            write_shards(run.loss_model, run.optimizer, None)
+    run.watch.meet()
 
 
 def write_model(run: Run, chat: Chat, directory: Path, dtype: torch.dtype, weights: dict | None = None) -> None:

@@ -48,6 +48,7 @@ WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 FINAL = (*WEIGHTS, "model.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json",
          "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
          "merged", "eval", "samples.jsonl", "README.md", "Modelfile", "report.html", STATUS)  # the end of a run
+PLANNED = ("plan.json", "val.jsonl", "test.jsonl", "base")  # its begin, beside run.json
 
 
 # ---- one run at a time
@@ -281,13 +282,13 @@ def decide(output_dir: Path | str, resume: str | Path | None, overwrite: bool) -
         raise UserError(f"{run_dir}: --resume_from_checkpoint continues the run that --overwrite_output_dir would move "
                         "aside. Leave one of them out.")
     sign = holds_run(run_dir)
-    if sign and sign != RUN and (resume is not None or overwrite):
+    if sign and sign != RUN:
         raise UserError(f"{run_dir}: holds {sign} but no {RUN}, so it is no run of this script. Choose another "
                         "--output_dir.")
     if resume is None:
         if sign and not overwrite:
-            raise UserError(f"{run_dir}: holds {'a run' if sign == RUN else sign}. --resume_from_checkpoint continues "
-                            "it, --overwrite_output_dir moves it aside, another --output_dir leaves it alone.")
+            raise UserError(f"{run_dir}: holds a run. --resume_from_checkpoint continues it, --overwrite_output_dir "
+                            "moves it aside, another --output_dir leaves it alone.")
         return Opened("fresh")
     if resume != "auto":
         path = named_checkpoint(run_dir, Path(resume))
@@ -305,13 +306,13 @@ def found(run_dir: Path, pattern: str) -> list[Path]:
 
 
 def holds_run(run_dir: Path) -> str | None:
-    """The name of something that a fresh run must not run over (run.json first), or None."""
+    """The name of something that a fresh run must not run over (run.json first), or None: what it would write."""
     if not run_dir.is_dir():
         return None
     if (run_dir / RUN).exists():
         return RUN
-    there = [*numbered(run_dir), *(path for pattern in WEIGHTS for path in found(run_dir, pattern))]
-    return there[0].name if there else None
+    there = [*numbered(run_dir), *(path for pattern in (*FINAL, *PLANNED, METRICS) for path in found(run_dir, pattern))]
+    return next((path.name for path in there if path.name != STATUS), None)
 
 
 def named_checkpoint(run_dir: Path, path: Path) -> Path | None:
