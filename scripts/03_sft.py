@@ -274,6 +274,8 @@ def resume_command(run: Run) -> str:
 def check_files(config: SftConfig) -> None:
     """Every file that is named exists, here or on the Hub; all that are missing here are named at once."""
     named = [*config.all_dataset_paths(), *config.val_dataset_paths]
+    if folders := [path for path in named if Path(path).is_dir()]:
+        raise UserError(f"{folders[0]}: is a directory. Name the files in it.")
     missing = [path for path in named if not Path(path).is_file() and not is_hub_name(path)]
     if missing:
         there = "does not exist" if len(missing) == 1 else "do not exist"
@@ -296,8 +298,15 @@ def check_outputs(config: SftConfig, inputs: list[str]) -> None:
     check_writable(place, "--output_dir")
     for name in ("val.jsonl", "test.jsonl", "samples.jsonl", "metrics.jsonl"):
         check_no_input(place / name, "--output_dir", inputs)
-    held = [path for path in inputs if place.resolve() in Path(path).resolve().parents and Path(path).exists()]
-    if held and config.overwrite_output_dir and holds_run(place):
+    if not (config.overwrite_output_dir and holds_run(place)):
+        return
+    if Path(config.source).is_dir():
+        from common.model import find_model
+
+        inputs = [*inputs, find_model(config.source).base]  # of an adapter
+    held = [path for path in inputs if Path(path).exists() and place.resolve() in (Path(path).resolve(),
+                                                                                  *Path(path).resolve().parents)]
+    if held:
         raise UserError(f"--overwrite_output_dir: it would move {held[0]}, which this run reads, aside. Choose another "
                         "--output_dir.")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.card import hub_card
+from common.checkpoint import checkpoints
 from common.config import parse, setting
 from common.faults import UserError, run_main, say
 from common.outputs import check_replaceable, check_writable
@@ -55,7 +56,10 @@ def main(argv: list[str]) -> int:
     config = parse(MergeConfig, argv, __doc__, config_flag=None)
     run = Path(config.model_path) if config.model_path else Path(config.config_path).parent
     if not (run / "adapter_config.json").is_file():
-        raise UserError(f"{run}: no adapter here (adapter_config.json is missing). Full fine-tuning leaves a whole "
+        there = [path for path in checkpoints(run) if (path / "adapter_config.json").is_file()] if run.is_dir() else []
+        raise UserError(f"{run}: no such directory. --model_path takes the directory of an adapter." if not run.is_dir()
+                        else f"{run}: not finished, but {there[-1]} has an adapter that can be merged." if there else
+                        f"{run}: no adapter here (adapter_config.json is missing). Full fine-tuning leaves a whole "
                         "model; there is nothing to merge.")
     output = Path(config.output_dir) if config.output_dir else run / "merged"
     if output.exists() and not config.overwrite_output_dir:

@@ -171,7 +171,7 @@ def prepare(spec: Spec, config: Config, command: str) -> dict:
                    "rows_changed": dict(sorted(found.changed.items())), "rows_bad": found.n_bad}
         assert numbers["rows_in"] == numbers["rows_kept"] + sum(dropped.values()), numbers
         if spec.form in LOG_FORMS:
-            numbers["rows_out"] = len(found.units)
+            numbers |= {"rows_out": len(found.units), "conversations_kept": len(set(found.groups))}
         found.file.seek(0)
         sha256_out = hashlib.file_digest(found.file, "sha256").hexdigest()
         manifest = describe(spec, config, numbers | found.more, found.hashes, sha256_out) | {
@@ -181,8 +181,21 @@ def prepare(spec: Spec, config: Config, command: str) -> dict:
             to_csv(found.file, aside.open(f"{stem}.csv"))
         aside.open(f"{stem}.manifest.json").write(
             (json.dumps(manifest, ensure_ascii=False, indent=2) + "\n").encode())
+        old = Path(config.output_dir) / f"{stem}.csv"
+        stale = not config.csv and old.exists() and _wrote_csv(old.with_name(f"{stem}.manifest.json"))
         aside.publish()
+    if stale:
+        old.unlink()
+        say(f"{old}: removed; it held the rows that {manifest['file']} held before (--csv writes it)")
     return manifest
+
+
+def _wrote_csv(manifest: Path) -> bool:
+    """Whether the run that left this manifest wrote a CSV file beside it."""
+    try:
+        return "--csv" in shlex.split(json.loads(manifest.read_text(encoding="utf-8"))["command"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def from_files(found: Collected, spec: Spec, config: Config) -> None:

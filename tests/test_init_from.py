@@ -89,6 +89,29 @@ def test_resume_of_a_run_that_started_from_another(train, runs, tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_a_run_keeps_its_base_when_the_one_before_goes(train, runs, tmp_path, tiny_model, spm_unigram):
+    """Guards against an adapter that loads on another model once the run it came from is written over or moved, here
+    or with plain PEFT; and against an overwrite that moves what it is about to read."""
+    from peft import AutoPeftModelForCausalLM
+
+    base = ["--model_path", tiny_model, "--tokenizer_path", spm_unigram, "--max_steps", "1"]
+    train(tmp_path / "one", *base, "--learning_rate", "3e-2").ok()
+    train(tmp_path / "two", "--init_from", tmp_path / "one", *STILL).ok()
+    expected = logits(tmp_path / "two")
+    for words in (["--init_from", tmp_path / "one"], ["--init_from", tmp_path / "two"]):  # itself, and its base
+        place = tmp_path / "one" if words[1] == tmp_path / "one" else tmp_path / "two"
+        refused = train(place, *words, *STILL, "--overwrite_output_dir")
+        assert refused.status == 2 and "which this run reads, aside" in refused.err
+    train(tmp_path / "one", *base, "--seed", "9", "--overwrite_output_dir").ok()
+    torch.testing.assert_close(logits(tmp_path / "two"), expected, atol=1e-5, rtol=1e-5)
+    moved = next(tmp_path.glob("one.old-*"))
+    assert read_json(moved / "adapter_config.json")["base_model_name_or_path"] == str(moved.resolve() / "base")
+    elsewhere = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "two").eval()
+    with torch.no_grad():
+        found = elsewhere(input_ids=torch.tensor([[2, 390, 20, 30, 391, 390, 17, 9]])).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_the_form_of_an_adapter_cannot_change(train, runs, tmp_path):
     """Guards against a rank that is asked for and not used."""
     ran = train(tmp_path / "run", "--init_from", runs["lora"], "--lora_r", "8", *STILL)

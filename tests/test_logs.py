@@ -221,7 +221,7 @@ def test_equal_conversations_and_samples(tmp_path):
             [("user", f"{i % 6}"), ("assistant", "a"), ("user", "b"), ("assistant", "c")],
         )
     rows, manifest = prepared(tmp_path, "gptme", tmp_path / "logs", "--max_samples", 4)
-    assert len(rows) == 4 and manifest["conversations_kept"] == 6
+    assert len(rows) == 4 and manifest["conversations_kept"] == 4
     assert manifest["rows_dropped"] == {"exact duplicate": 12, "not chosen by --max_samples": 4}
 
 

@@ -269,6 +269,18 @@ def test_what_a_stage_did_not_reach_of_its_part_comes_later(end):
     assert len(uses) == 100 and max(uses.values()) == 2
 
 
+@pytest.mark.parametrize("unit", ["examples", "tokens"])
+def test_nothing_comes_again_before_all_has_come(unit):
+    """An up-sampled data set whose passes are mixed: a run that ends early saw some rows three times, others never."""
+    sources = [source("a", 10), source("b", 50)]
+    plan = plan_of(sources, [Stage("one", (0, 1), (.6, .4), epochs=1.5)], weight_unit=unit)
+    for number, size in enumerate((10, 50)):
+        drawn = [i for s, i in draws(plan) if s == number]
+        assert len(drawn) > (30 if number == 0 else 20)
+        for start in range(0, len(drawn), size):
+            assert len(set(drawn[start:start + size])) == len(drawn[start:start + size])
+
+
 # steps and ranks
 
 @pytest.mark.parametrize("packing", [False, True])

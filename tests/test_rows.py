@@ -279,6 +279,9 @@ def test_keys_that_hold_something_and_are_not_read_are_named(tmp_path):
     row = {"messages": [{**ROW[0], "date": "now"}, ROW[1]], "lang": "en"}
     reader = read(write(tmp_path, json.dumps(row) + "\n"))[1]
     assert reader.unread == {"date of messages": 1, "lang": 1}
+    path = parquet(tmp_path / "a.parquet", {"prompt": ["a", "b"], "response": ["c", "d"], "context": ["e", None],
+                                            "nothing": [None, None]})
+    assert read(path)[1].unread == {"context": 1}
 
 
 def test_parquet_gives_what_json_would(tmp_path):

@@ -108,6 +108,11 @@ class Chat:
         return self._template.control_pattern
 
     @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the control tokens."""
+        return frozenset(self._controls.values())
+
+    @cached_property
     def role_map(self) -> dict[str, tuple[str, str]]:
         """Names of roles in the rows -> (role, the template's name for who speaks), as a template file has them."""
         return {name: tuple(pair) for name, pair in facts(self.template)["roles"].items()}
@@ -313,8 +318,8 @@ def load_tokenizer(path: str) -> tuple[PreTrainedTokenizerFast, SentencePiece | 
         native = SentencePiece(place)
         return to_fast(native), native
     if not place.exists():
-        raise UserError(f"{path}: no such file or directory. --tokenizer_path takes a .model file, a directory, "
-                        "or a Hub id.")
+        raise UserError(f"{path}: no such file or directory. A model is a directory in Hugging Face form or a Hub id; "
+                        "--tokenizer_path takes a .model file as well.")
     # tokenizer.json is the truth; a class named beside it may rebuild its own normaliser and give other ids
     loader = PreTrainedTokenizerFast if (place / "tokenizer.json").exists() else AutoTokenizer
     try:
@@ -353,6 +358,10 @@ def load_chat(tokenizer_path: str, template: str = "chatml", *, system_prompt: s
     else:
         added = _add_special(tokenizer, CHATML_TOKENS) if template == "chatml" else []
         source = _template_source(template, tokenizer, tokenizer_path, adds_bos)
+    own = tokenizer.chat_template
+    if isinstance(own, str) and not own.endswith(source):  # (a run's own may have a system prompt before it)
+        notes = [*notes, f"template: {template}; {tokenizer_path} brings one of its own, which --prompt_template model "
+                         "keeps"]
     if system_prompt is not None:
         turn = json.dumps(system_prompt, ensure_ascii=False)
         source = ("{%- if not messages or messages[0].role != 'system' -%}\n{%- set messages = "

@@ -87,13 +87,14 @@ class Digests:
 class Collected:
     """Rows of a data set, in a file aside from the first one on, and what was counted.
 
-    units: what each row counts for (rows: 1; logs: trained answers).
+    units: what each row counts for (rows: 1; logs: trained answers). groups: the number of each row's conversation.
     """
 
     aside: Aside
     name: str  # of the file
     file: BinaryIO | None = None
     units: array = field(default_factory=lambda: array("I"))
+    groups: array = field(default_factory=lambda: array("I"))
     rows_in: int = 0
     n_bad: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -102,18 +103,18 @@ class Collected:
     more: dict = field(default_factory=dict)  # further keys of the manifest
     seen: Digests = field(default_factory=Digests)
 
-    def add(self, out: dict, units: int = 1) -> bool:
+    def add(self, out: dict, units: int = 1, group: int = 0) -> None:
         """Add a row, unless an equal one is there: two that differ in their id alone teach the same."""
         row_id = {"id": out.pop("id")} if "id" in out else {}
         content = json.dumps(out, ensure_ascii=False).encode()
         if not self.seen.add(content):
             self.dropped["exact duplicate"] += units
-            return False
+            return
         if self.file is None:
             self.file = self.aside.open(self.name)
         self.file.write((json.dumps(out | row_id, ensure_ascii=False).encode() if row_id else content) + b"\n")
         self.units.append(units)
-        return True
+        self.groups.append(group)
 
     def choose(self, n: int, seed: int) -> None:
         """Leave n rows, by a hash of seed and line, in their order: the same seed chooses the same rows again."""
@@ -132,13 +133,14 @@ class Collected:
             self.file.writelines(compress(rows, chosen))
         self.file.truncate()
         before, self.units = sum(self.units), array("I", compress(self.units, chosen))
+        self.groups = array("I", compress(self.groups, chosen))
         self.dropped["not chosen by --max_samples"] += before - sum(self.units)
 
 
 def collect_logs(result: Collected, reader: LogReader, source: str, filters: Filters, *, redact: bool,
                  chat: Chat | None, size: int | None) -> None:
     """Add all conversations; with `chat`, cut them into windows of at most `size` tokens. Raises UserError."""
-    places, n_talks, kept = [], 0, 0
+    places, n_talks = [], 0
     for talk in reader:
         n_talks += 1
         result.rows_in += talk.answers()
@@ -152,19 +154,17 @@ def collect_logs(result: Collected, reader: LogReader, source: str, filters: Fil
         prompt = next((m["content"] for m in talk.messages if m["role"] == "user"), None)
         parts = cut(talk.messages, talk.tools, chat, size)
         result.dropped.update(parts.dropped)
-        added = []
         for i, (messages, answers) in enumerate(parts.windows, 1):
             row = Row(0, messages, None, talk.tools, source, talk.id if chat is None else f"{talk.id}#{i}")
             if prompt is not None and row.first_prompt() != prompt:
                 row.prompt = prompt  # so that all windows of a conversation are on one side of the split
-            added.append(result.add(row_to_json(row), answers))
-        kept += any(added)
+            result.add(row_to_json(row), answers, n_talks)
     if reader.damaged:
         result.rows_in += reader.damaged
         result.dropped["in a damaged log"] += reader.damaged
     result.n_bad, result.changed = reader.n_bad, reader.notes
     result.hashes = redact_all(reader.hashes, []) if redact else reader.hashes
-    result.more = {"conversations_in": n_talks, "conversations_kept": kept, "secrets": _report(places, redact)}
+    result.more = {"conversations_in": n_talks, "secrets": _report(places, redact)}
 
 
 def _without_secrets(talk: Conversation) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from common.attention import causal_lm_of
 from common.faults import UserError
 from common.generate import Generated, context_limit, generate
+from common.model import stop_ids_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +72,7 @@ def reply(model: nn.Module, chat: Chat, messages: list[dict], options: Options, 
             shown = text
 
     try:
-        one = generate(model, [prompt], max_new_tokens=options.max_new_tokens, stop_ids=chat.stop_ids,
+        one = generate(model, [prompt], max_new_tokens=options.max_new_tokens, stop_ids=stop_ids_of(model, chat),
                        pad_id=chat.pad_id, vocab_size=len(chat.tokenizer), temperature=options.temperature,
                        top_p=options.top_p, seed=options.seed, places=[n], heard=hear)[0]
     except KeyboardInterrupt:

@@ -7,15 +7,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.attention import causal_lm_of
 from common.chat import Chat, Encoded
+from common.data import fit
 from common.faults import NotFinite
 from common.generate import Generated, context_limit, fitting_threads, generate
 from common.loss import LossModel, make_batch
+from common.model import stop_ids_of
 from common.probe import choose_attention
 from common.rows import Row
 from common.scores import (
@@ -150,22 +153,34 @@ def measure(model: nn.Module, chat: Chat, cases: list[Case], options: Options, *
     """Loss and answers of all cases. plain: ask in plain text, and the first line said is the answer where a short one
     is expected (a base model goes on and on).
 
-    context: rows of more tokens than this have no loss; they are counted in left_out.
+    context: rows of more tokens than this are cut as in training; those of which an answer is lost by that have no
+    loss, and are counted in left_out.
     """
     encoded = chat.encode_rows([case.row for case in cases])
-    fits = [i for i, e in enumerate(encoded) if e.trained.any() and (context is None or len(e.input_ids) <= context)]
-    losses, hits = [np.zeros(0)] * len(cases), [np.zeros(0, bool)] * len(cases)
-    found = score(model, [encoded[i] for i in fits], chat.pad_id, options.batch_size, options.bar, options.team)
-    for i, loss, hit in zip(fits, *found):
-        losses[i], hits[i] = loss, hit
+    parts = [_windows(case.row, e, chat, context) for case, e in zip(cases, encoded)]
+    found = score(model, [part for each in parts for part in each], chat.pad_id, options.batch_size, options.bar,
+                  options.team)
+    own = [iter(each) for each in found]  # of each part
+    losses, hits = ([np.concatenate([*islice(of, len(each)), empty]) for each in parts]
+                    for of, empty in zip(own, (np.zeros(0), np.zeros(0, bool))))
     shown = [chat.decode(e.input_ids[e.trained]) if _thinks(case.row) else "" for case, e in zip(cases, encoded)]
     n_bytes = [response_bytes(case.row, chat.assistant_turns, text) if len(loss) else 0
                for case, text, loss in zip(cases, shown, losses)]
     # control ids come from the template alone, so these are the true ends
-    ends = [np.isin(e.input_ids[e.trained], chat.stop_ids)[:len(loss)] for e, loss in zip(encoded, losses)]
+    ends = [np.isin(np.concatenate([np.zeros(0, np.int32), *(part.input_ids[part.trained] for part in each)]),
+                    chat.stop_ids) for each in parts]
     answers, texts = answer(model, chat, cases, options, plain=plain)
     table = loss_table(losses, hits, n_bytes, ends) | answer_table(answers, texts, [case.reference for case in cases])
-    return Measured(table, answers, texts, len(cases) - len(fits))
+    return Measured(table, answers, texts, sum(not each for each in parts))
+
+
+def _windows(row: Row, encoded: Encoded, chat: Chat, context: int | None) -> list[Encoded]:
+    """The row, or what it is cut into to fit; none if nothing is trained in it, or an answer does not fit."""
+    if context is None:
+        return [encoded] if encoded.trained.any() else []
+    counts: Counter[str] = Counter()
+    windows = fit(row, encoded, chat, context, "split", counts)
+    return [] if counts["answers dropped"] else windows
 
 
 def measure_all(model: nn.Module, chat: Chat, sets: list[EvalSet], options: Options, who: str,
@@ -176,7 +191,7 @@ def measure_all(model: nn.Module, chat: Chat, sets: list[EvalSet], options: Opti
     for s in sets:
         started = time.time()
         found.append(measure(model, chat, s.cases, options, plain=plain, context=context))
-        longer = f"; {found[-1].left_out:,} rows longer than its {context:,} tokens have no loss" \
+        longer = f"; {found[-1].left_out:,} rows with answers that do not fit its {context:,} tokens have no loss" \
             if found[-1].left_out else ""
         say(f"{who}, {s.name}: {len(s.cases):,} rows in {time.time() - started:.0f} s{longer}")
     return found
@@ -224,7 +239,7 @@ def answer(model: nn.Module, chat: Chat, cases: list[Case], options: Options, *,
     own = options.team.part(sorted(asked, key=lambda i: -len(prompts[i])))
     written = generate(model, [prompts[i] for i in own],
                        max_new_tokens=[longest[i] for i in own] if longest else options.max_new_tokens,
-                       stop_ids=chat.stop_ids, pad_id=chat.pad_id, vocab_size=len(chat.tokenizer),
+                       stop_ids=stop_ids_of(model, chat), pad_id=chat.pad_id, vocab_size=len(chat.tokenizer),
                        temperature=options.temperature, top_p=options.top_p, seed=options.seed,
                        places=[places[i] for i in own], batch_size=options.batch_size,
                        progress=options.bar("answers", len(own)))

@@ -37,7 +37,7 @@ def leave_plan(run: Run, described: dict, material: Material) -> None:
     atomic_json(run.directory / "plan.json", {**material.plan.summary(), "notes": material.split.notes,
                                               "data": {d.name: d.meta for d in material.datasets}})
     options = {"skip_bad_rows": run.config.skip_bad_rows, "role_map": material.datasets[0].meta["key"]["role_map"]}
-    for name, datasets, sides in (("val", material.val_datasets, material.val),
+    for name, datasets, sides in (("val", material.val_datasets, material.held_out),
                                   ("test", material.datasets, material.split.test)):
         if any(map(len, sides)):
             write_jsonl(run.directory / f"{name}.jsonl", held_out_rows(datasets, sides, **options))

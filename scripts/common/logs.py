@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -191,8 +191,8 @@ class LogReader:
         for place, record in self._records(name, records):
             if record is None:
                 continue
+            values = record.get("messages")
             try:
-                values = record.get("messages")
                 if not isinstance(values, list):
                     finding = kind_of(values) if "messages" in record else f"missing (keys: {', '.join(record)})"
                     raise Bad(f'"messages" is {finding}. A line is {{"messages": [{{role, content}}, …]}}.')
@@ -203,6 +203,7 @@ class LogReader:
                 dates = [_latest(None, part) for part in (record, *values)]
             except Bad as fault:
                 self._bad_at(records, place, fault)
+                self.damaged += _answers_of(values if isinstance(values, list) else [])
                 continue
             stem, _, line = place.rpartition(":")
             number = record.get("id") if isinstance(record.get("id"), str) and record["id"] else f"{stem}:{line}"
@@ -224,6 +225,9 @@ class LogReader:
                     talk.when = _latest(talk.when, node)
             except Bad as fault:
                 self._bad_at(records, place, fault)
+                nodes = record["mapping"].values() if isinstance(record.get("mapping"), dict) else ()
+                messages = (node.get("message") for node in nodes if isinstance(node, dict))
+                self.damaged += _answers_of(m.get("author") for m in messages if isinstance(m, dict))
                 continue
             yield talk
 
@@ -270,6 +274,11 @@ class LogReader:
             message["name"] = author["name"]
         talk.messages.append(message)
         talk.places.append(place)
+
+
+def _answers_of(speakers: Iterable[object]) -> int:
+    """How many of these objects, damaged ones too, have the role of the assistant."""
+    return sum(isinstance(each, dict) and each.get("role") == "assistant" for each in speakers)
 
 
 def _open_branch(record: dict) -> list[tuple[str, dict]]:

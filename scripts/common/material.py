@@ -9,6 +9,7 @@ import numpy as np
 from common.chat import Chat, Encoded
 from common.data import Dataset, load_dataset
 from common.faults import UserError
+from common.order import some_of
 from common.plan import Plan, Source, Stage, make_plan
 from common.settings import SftConfig, dataset_name
 from common.sides import Split, split
@@ -22,7 +23,8 @@ class Material:
     split: Split
     plan: Plan
     val_datasets: list[Dataset]  # `datasets` themselves, or the files of --val_dataset_paths
-    val: list[np.ndarray]  # indices of validation examples in each of val_datasets
+    val: list[np.ndarray]  # indices of validation examples in each of val_datasets, those that are evaluated
+    held_out: list[np.ndarray]  # and of all of them
     pad_id: int
 
     def examples(self, row: np.ndarray) -> list[Encoded]:
@@ -52,8 +54,8 @@ def gather(config: SftConfig, chat: Chat, rows_per_step: int, weights: list[floa
                      rows_per_step=rows_per_step, seed=config.seed, max_steps=config.max_steps,
                      weight_unit=config.weight_unit)
     val_datasets, val = (brought, [np.arange(len(d)) for d in brought]) if brought else (datasets, sides.val)
-    val = _subset(val, config.max_eval_samples, config.seed)
-    return Material(datasets, sides, plan, val_datasets, val, chat.pad_id)
+    evaluated = _subset(val, config.max_eval_samples, config.seed)
+    return Material(datasets, sides, plan, val_datasets, evaluated, val, chat.pad_id)
 
 
 def _stages(config: SftConfig, weights: list[float] | None) -> list[Stage]:
@@ -74,7 +76,7 @@ def _subset(sides: list[np.ndarray], limit: int | None, seed: int) -> list[np.nd
     if limit is None or total <= limit:
         return sides
     chosen = np.zeros(total, bool)
-    chosen[np.random.default_rng([seed, 5]).permutation(total)[:limit]] = True
+    chosen[some_of(total, limit, seed)] = True
     bounds = np.cumsum([0, *map(len, sides)])
     return [side[chosen[a:b]] for side, a, b in zip(sides, bounds, bounds[1:])]
 

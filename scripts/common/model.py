@@ -201,6 +201,14 @@ def add_tokens(model: PreTrainedModel, chat: Chat, seed: int) -> tuple[list[int]
     return ids, grow
 
 
+def stop_ids_of(model: nn.Module, chat: Chat) -> list[int]:
+    """Where answers end: the chat's stop ids, and the control tokens that the model's own files name besides (Llama 3.1
+    ends calls of tools with another one)."""
+    named = causal_lm_of(model).generation_config.eos_token_id
+    named = [] if named is None else [named] if isinstance(named, int) else named
+    return list(dict.fromkeys([*chat.stop_ids, *(i for i in named if i in chat.control_ids)]))
+
+
 def set_special_ids(model: PreTrainedModel, chat: Chat) -> None:
     """Write bos, eos, pad and the stop ids into config and generation_config, where plain `transformers` looks."""
     for config in (model.config, model.generation_config):
@@ -210,7 +218,8 @@ def set_special_ids(model: PreTrainedModel, chat: Chat) -> None:
     except ValueError:  # older models name a temperature without do_sample, and a changed file is not saved so
         model.generation_config.do_sample = True
     model.config.eos_token_id = chat.eos_id
-    model.generation_config.eos_token_id = chat.stop_ids if len(chat.stop_ids) > 1 else chat.stop_ids[0]
+    stops = stop_ids_of(model, chat)
+    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     spare = range(len(chat.tokenizer), model.get_input_embeddings().weight.shape[0])
     # rows without a token would decode to nothing; what was spare before may be a token of this chat
     wanted = {*chat.tokenizer.convert_tokens_to_ids(chat.added_tokens), *chat.stop_ids}
@@ -363,6 +372,7 @@ def merge_and_save(model: nn.Module, chat: Chat, directory: Path, dtype: torch.d
         raise UserError(f"{directory}: merged and adapter logits differ by {fp32:.1e} in fp32, more than "
                         f"{MERGE_TOLERANCE:g} of their size. The adapter is kept; please report the model and LoRA "
                         "settings.")
+    merged.disable_input_require_grads()  # of gradient checkpointing: its hook cannot be copied
     set_special_ids(merged, chat)  # a base that knew the chat's tokens has other stop ids in its files
     work = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)

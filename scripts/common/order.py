@@ -11,6 +11,8 @@ from fractions import Fraction
 
 import numpy as np
 
+CHOICE = 5  # a purpose, as those of plan.py
+
 
 def shuffled(n: int, *seed: int) -> np.ndarray:
     """A random order of range(n), int64 (n,), the same for the same seed on every machine and numpy.
@@ -22,6 +24,11 @@ def shuffled(n: int, *seed: int) -> np.ndarray:
     keys = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(n)
     keys >>= np.uint64(bits)
     return _sorted_positions(keys, bits)
+
+
+def some_of(n: int, limit: int, seed: int) -> np.ndarray:
+    """A seeded choice of at most `limit` of range(n), ascending."""
+    return np.sort(shuffled(n, seed, CHOICE)[:limit])
 
 
 def stable_order(values: np.ndarray) -> np.ndarray:

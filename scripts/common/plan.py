@@ -191,8 +191,7 @@ def _stage_epochs(inputs: _Inputs, streams: list[Stream], stage: Stage, index: i
         fraction = Fraction(1) if n_epochs is None else min(Fraction(1), n_epochs - number)
         if fraction <= 0 or room == 0:
             break
-        draws = _epoch_draws(inputs, mine, fraction)
-        draws, sizes = _epoch_rows(inputs, draws, index, number)
+        draws, sizes = _epoch_rows(inputs, _epoch_draws(inputs, mine, fraction), index, number)
         n_rows = len(sizes)
         if room is not None:
             sizes = sizes[:room]
@@ -209,35 +208,48 @@ def _stage_epochs(inputs: _Inputs, streams: list[Stream], stage: Stage, index: i
         stream.give_back(part[~np.isin(part, np.concatenate([part[:0], *used]))])
 
 
-def _epoch_draws(inputs: _Inputs, mixture: list[tuple[Stream, float | None]], fraction: Fraction) -> np.ndarray:
-    """The examples of one epoch of a stage, source after source. mixture: streams and their weights."""
+def _epoch_draws(inputs: _Inputs, mixture: list[tuple[Stream, float | None]], fraction: Fraction) -> list[np.ndarray]:
+    """The examples of one epoch of a stage, of each source. mixture: streams and their weights."""
     streams = [stream for stream, _ in mixture]
     sizes = [len(stream.members) for stream in streams]
     n_draws = int(sum(sizes) * fraction + Fraction(1, 2))
     if mixture[0][1] is None:
         quotas = largest_remainder([Fraction(n) for n in sizes], n_draws)
-        return np.concatenate([stream.take_distinct(n) for stream, n in zip(streams, quotas)])
+        return [stream.take_distinct(n) for stream, n in zip(streams, quotas)]
     weights = [exact(weight) for _, weight in mixture]
     if inputs.weight_unit == "examples":
         quotas = largest_remainder(weights, n_draws)
-        return np.concatenate([stream.take(n) for stream, n in zip(streams, quotas)])
+        return [stream.take(n) for stream, n in zip(streams, quotas)]
     units = inputs.lengths if inputs.weight_unit == "tokens" else inputs.trained
     n_units = [int(units[stream.members].sum(dtype=np.int64)) for stream in streams]
     assert all(n_units), f"no {inputs.weight_unit} in a source with a weight"
     total = sum(n_units) * fraction
-    return np.concatenate([stream.take_units(total * weight / sum(weights), units)
-                           for stream, weight in zip(streams, weights)])
+    return [stream.take_units(total * weight / sum(weights), units) for stream, weight in zip(streams, weights)]
 
 
-def _epoch_rows(inputs: _Inputs, draws: np.ndarray, stage: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def _epoch_rows(inputs: _Inputs, parts: list[np.ndarray], stage: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """(draws in the order of the rows, draws in each row): mixed, packed, and the rows in a seeded order, because
-    packing makes the rows of long examples first."""
-    draws = draws[shuffled(len(draws), inputs.seed, MIX, stage, epoch)]
+    packing makes the rows of long examples first. parts: of each source."""
+    draws = np.concatenate(parts)
+    order = shuffled(len(draws), inputs.seed, MIX, stage, epoch)
     if not inputs.packing:
-        return draws, np.ones(len(draws), np.int32)
+        return _mixed(draws, list(map(len, parts)), order), np.ones(len(draws), np.int32)
+    draws = draws[order]
     row_of, n_rows = pack(inputs.lengths[draws], inputs.max_seq_length)
     row_of = shuffled(n_rows, inputs.seed, ROWS, stage, epoch).astype(np.int32)[row_of]
     return draws[stable_order(row_of)], np.bincount(row_of, minlength=n_rows).astype(np.int32)
+
+
+def _mixed(draws: np.ndarray, sizes: list[int], order: np.ndarray) -> np.ndarray:
+    """The draws of sources of these sizes in each other's midst: where, `order` says, but those of a source stay in
+    their order, so that at no step one of its examples comes again before all have come."""
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    for start, size in zip(np.cumsum([0, *sizes]), sizes):
+        places[start:start + size].sort()
+    mixed = np.empty_like(draws)
+    mixed[places] = draws
+    return mixed
 
 
 def _check_stages(sources: list[Source], stages: list[Stage]) -> None:

@@ -49,8 +49,10 @@ def prove_chat(config: SftConfig, chat: Chat, material: Material, base: object) 
                             f"training for {found['template_differs']:,} of {found['template_rows']:,} rows, so the "
                             "model would be served with prompts it has not seen. Please report it with the template; "
                             "chatml, instruct and chat are proven.")
+        differ = known and same < found["template_rows"]
+        apart = "; the others differ where answers were encoded apart (see above)" if differ else ""
         lines.append(f"template: the saved chat template gives the training ids for {same:,} of "
-                     f"{found['template_rows']:,} rows")
+                     f"{found['template_rows']:,} rows{apart}")
     return lines
 
 

@@ -7,10 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from common.evaluate import BUILT_IN_PROMPTS, Case, few, is_short, make_case
 from common.faults import UserError
+from common.order import some_of
 from common.records import Bad, parse
 from common.rows import FORMS, Row, RowReader
 from common.settings import dataset_name
@@ -98,7 +97,7 @@ def read_set(reader: RowReader, name: str, to_case: Callable[[Row, str], Case], 
     rows = list(tqdm(reader, desc=f"reading {path}", unit=" rows", disable=None, leave=False))
     counts = {"rows_in": reader.rows_in, "bad": reader.n_bad, "dropped": dict(reader.dropped), "kept": reader.rows_kept}
     if most and len(rows) > most:
-        rows = [rows[i] for i in sorted(np.random.default_rng([seed, 5]).permutation(len(rows))[:most])]
+        rows = [rows[i] for i in some_of(len(rows), most, seed)]
     if not rows:
         raise UserError(f"{path}: no row is left to evaluate on.")
     gone = [f"{n:,} {reason}" for reason, n in reader.dropped.items()]

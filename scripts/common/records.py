@@ -156,6 +156,7 @@ class RecordReader:
         self.line_is_row = True
         self.line = 1  # where reading is, for faults of the whole file
         self.position = 0  # bytes of the file read so far; parquet: all, once they were hashed
+        self.left: dict[str, int] = {}  # parquet: columns that are not read -> rows that hold something there
         self._undecoded = False
 
     def blocks(self) -> Iterator[Lines | list[Record]]:
@@ -359,6 +360,9 @@ class RecordReader:
             if file.metadata.num_rows == 0:
                 raise self.fault("the file holds no row. Put rows in, or leave it out.")
             wanted = [c for c in self.column_names if self.columns is None or c in self.columns]
+            typed = [field.name for field in file.schema_arrow if not pa.types.is_null(field.type)]
+            self.left = {name: rows for name in typed if name not in wanted
+                         if (rows := _rows_with(file.metadata, name))}
             n = 0
             for batch in file.iter_batches(batch_size=1024, columns=wanted or self.column_names):
                 for record in _batch_rows(batch):
@@ -366,6 +370,16 @@ class RecordReader:
                     yield n, n, record
         except (pa.ArrowException, OSError) as fault:
             raise self.fault(f"not a readable parquet file ({str(fault).splitlines()[0]}). Fetch it again.") from None
+
+
+def _rows_with(metadata: object, name: str) -> int:
+    """How many rows of a parquet file are not null in a column, as far as its statistics tell: else all."""
+    rows = metadata.num_rows
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        column = next((c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == name), None)
+        if column is not None and column.is_stats_set and column.statistics.has_null_count:
+            rows -= column.statistics.null_count
+    return rows
 
 
 def _batch_rows(batch: object) -> list[dict | Bad]:

@@ -180,6 +180,9 @@ class Template:
         has to say it, so it is trained."""
         before, prompt = self.before_answer
         said = before[len(prompt):] if before.startswith(prompt) else ""
+        unasked, marked, _ = said.partition(f"{OPEN}+{CLOSE}")
+        if marked and unasked.strip():  # before a generation block: neither asked for nor trained
+            return ""
         return said if said.strip() else ""
 
     def _mark_end(self, text: str, shape: list[dict], tools: list | None, i: int) -> str:

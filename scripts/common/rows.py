@@ -209,6 +209,7 @@ class RowReader(Counts):
         if names is None:
             return
         self._tabular = self.path.suffix != ".parquet"
+        self.unread.update(records.left)
         present = self._renamed(dict.fromkeys(names, ""))
         form = self.asked_form or next((f for f, keys in FORMS.items() if any(k in present for k in keys)), None)
         if form == "prompt" and "completion" in present:

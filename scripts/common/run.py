@@ -15,6 +15,7 @@ from torch import nn
 from common.attention import causal_lm_of
 from common.chat import Chat
 from common.checkpoint import (
+    MANIFEST,
     TrainState,
     check_space,
     checkpoints,
@@ -202,7 +203,9 @@ def build_model(run: Run, chat: Chat, grows: bool, empty: bool = False) -> nn.Mo
         run.say(*continued_adapter(config, adapter))
     model = load_model(source, trainable_adapter=config.use_lora, in_4bit=config.load_in_4bit and not grows,
                        empty=empty)
-    if adapter and not config.use_lora:
+    if adapter and config.use_lora:
+        _keep_base(run, model, Path(find_model(source).base))
+    elif adapter:
         model = model.merge_and_unload().requires_grad_(True)
     causal_lm = causal_lm_of(model)
     token_ids, grown = add_tokens(causal_lm, chat, config.seed)
@@ -254,6 +257,31 @@ def continued_adapter(config: SftConfig, adapter: str) -> list[str]:
                         "the merged model.")
     return [f"goes on with the adapter of {adapter}: r {found['r']}, alpha {found['lora_alpha']:g}, dropout "
             f"{found['lora_dropout']:g}"]
+
+
+def _keep_base(run: Run, model: nn.Module, base: Path) -> None:
+    """Where an adapter that training goes on with rests on the base of another run, which may go, this run gets it too
+    (by hard links where it can)."""
+    own = run.directory / "base"
+    if not (base.parent / "run.json").exists() or base.name != "base" or base.resolve() == own.resolve():
+        return
+    if run.main and verify(own):
+        work = run.directory / f".base.{os.getpid()}"
+        try:
+            shutil.copytree(base, work, copy_function=_link)
+            (work / MANIFEST).unlink(missing_ok=True)
+            seal(work, 0, {})
+            put_in_place(work, own)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    model.peft_config["default"].base_model_name_or_path = os.path.abspath(own)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
 
 
 def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], grown: bool,

@@ -351,7 +351,17 @@ def move_run_aside(run_dir: Path) -> Path:
     there = [path for path in real.iterdir() if path.name != LOCK and path != aside]
     for path in sorted(there, key=lambda path: (path.name == RUN, path.name)):
         os.rename(path, aside / path.name)
+    _name_base(aside, real / "base")
     return aside
+
+
+def _name_base(run_dir: Path, old: Path) -> None:
+    """Let an adapter that was moved with its base name the base's new place, for libraries that look there."""
+    file = run_dir / "adapter_config.json"
+    if file.is_file() and (run_dir / "base").is_dir():
+        adapter = json.loads(file.read_text(encoding="utf-8"))
+        if Path(adapter["base_model_name_or_path"]).resolve() == old:
+            atomic_json(file, adapter | {"base_model_name_or_path": str(run_dir / "base")})
 
 
 def rewind(run_dir: Path, step: int) -> Path | None:
@@ -393,7 +403,9 @@ def refuse_changes(run_dir: Path | str, *differences: list[tuple[str, object, ob
         rows.insert(0, ("", "the run", "now"))
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         table = "\n".join(f"  {name:<{widths[0]}}  {old:<{widths[1]}}  {new}".rstrip() for name, old, new in rows)
-        other = (f"another --output_dir with --init_from {run_dir} to train on from its weights" if begun else
+        whole = any(found(Path(run_dir), pattern) for pattern in WEIGHTS)
+        newest = run_dir if whole else max(numbered(Path(run_dir)), key=step_of, default=run_dir)
+        other = (f"another --output_dir with --init_from {newest} to train on from its weights" if begun else
                  "--overwrite_output_dir to start anew: it has no checkpoint that can be used")
         raise UserError(f"{run_dir}: this is not the run that was started there.\n{table}\nGive the old values to "
                         f"resume, or {other}.")

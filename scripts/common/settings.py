@@ -132,8 +132,8 @@ class SftConfig:
                                   "extension).")
     val_dataset_paths: list[str] = setting([], "Files of validation rows; nothing is split off for it then.",
                                            path="hub")
-    max_eval_samples: int | None = setting(None, "Use at most this many validation examples.", unit="examples",
-                                           within="[1, inf)")
+    max_eval_samples: int | None = setting(None, "Evaluate at most this many validation examples while training; "
+                                           "val.jsonl has all.", unit="examples", within="[1, inf)")
     per_device_eval_batch_size: int = setting(8, "Rows of a forward pass in evaluation.", unit="rows",
                                               within="[1, inf)", resume="free")
     eval_steps: int = setting(100, "Evaluate every so many steps, and at the end. After a better loss a checkpoint is "

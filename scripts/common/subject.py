@@ -13,7 +13,7 @@ from common.attention import causal_lm_of
 from common.chat import BUILT_IN, TEMPLATE_DIR, Chat, load_chat, load_tokenizer
 from common.faults import UserError
 from common.hub import at_commit
-from common.model import add_tokens, check_vocabulary, find_model, load_model, model_config, saved_dtype
+from common.model import add_tokens, check_vocabulary, find_model, load_model, model_config, saved_dtype, stop_ids_of
 from common.rundir import DONE, RUN, STATUS, read_run, read_status
 from common.spm import prove_equal
 
@@ -172,13 +172,14 @@ def stop_audit(model: nn.Module, chat: Chat) -> tuple[str, dict]:
     named = causal_lm.generation_config.eos_token_id
     named = [] if named is None else [named] if isinstance(named, int) else list(named)
     token = lambda i: f"{chat.tokenizer.convert_ids_to_tokens(i)} ({i})"
-    line = f"stops at {', '.join(map(token, chat.stop_ids))}; the template ends an answer with {token(chat.end_id)}; "
+    stops = stop_ids_of(model, chat)
+    line = f"stops at {', '.join(map(token, stops))}; the template ends an answer with {token(chat.end_id)}; "
     if chat.end_id in named:
         line += f"generation_config has it ({', '.join(map(str, named))})"
     else:
         line += (f"generation_config does NOT have it ({', '.join(map(str, named)) or 'it names none'}): elsewhere the "
                  f"model would not stop there. Add {chat.end_id} to its eos_token_id")
-    return line, {"stop_ids": chat.stop_ids, "template_ends_with": chat.end_id, "generation_config": named}
+    return line, {"stop_ids": stops, "template_ends_with": chat.end_id, "generation_config": named}
 
 
 # ---- the baseline

@@ -239,7 +239,7 @@ def judge(state: TrainState, loss: float, config: SftConfig) -> bool:
     """Book an evaluation: is it the best so far, and is it time to stop early? Returns whether it is better. Raises
     NotFinite."""
     if not math.isfinite(loss):
-        raise NotFinite(f"step {state.step}: the validation loss is {loss}. The newest checkpoint is whole. Lower "
+        raise NotFinite(f"step {state.step}: the validation loss is {loss}. What was saved before is whole. Lower "
                         "learning_rate.")
     better = state.best_loss is None or loss < state.best_loss - config.early_stopping_threshold
     if better:

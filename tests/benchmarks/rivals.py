@@ -244,7 +244,7 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
         name, example = "rows", staticmethod(lambda index: rows[index])
 
     everything = np.arange(len(rows))
-    material = Material([Rows()], Split([everything], [everything[:0]], [everything[:0]], []), plan, [], [], 0)
+    material = Material([Rows()], Split([everything], [everything[:0]], [everything[:0]], []), plan, [], [], [], 0)
     config = SftConfig(learning_rate=1e-5, per_device_train_batch_size=task.rows_per_pass, warmup_ratio=0.0,
                        lr_scheduler_type="constant", use_lora=task.mode == "lora", max_grad_norm=0.0)
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=True)
