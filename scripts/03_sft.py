@@ -323,10 +323,17 @@ def check_new_tokens(config: SftConfig, chat: Chat, source: str) -> None:
 
 def check_length(config: SftConfig, base: object) -> None:
     """The model must be able to see a whole row."""
+    from common.model import rope_limit
+
     context = getattr(base.get_text_config(), "max_position_embeddings", None)
     if context and config.max_seq_length > context:
         raise UserError(f"max_seq_length {config.max_seq_length:,}: the model sees {context:,} tokens. "
                         f"Set --max_seq_length {context} or less.")
+    limit = rope_limit(base)
+    if limit and config.max_seq_length > limit:
+        raise UserError(f"max_seq_length {config.max_seq_length:,}: beyond {limit:,} tokens this model turns positions "
+                        "at other speeds, for all examples of a pass, so that short ones beside long ones would be "
+                        f"learnt otherwise than they are met. Set --max_seq_length {limit} or less.")
 
 
 if __name__ == "__main__":

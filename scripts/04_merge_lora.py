@@ -17,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.card import hub_card
-from common.checkpoint import checkpoints
+from common.card import hub_card, with_merged
+from common.checkpoint import atomic_write, checkpoints
 from common.config import parse, setting
 from common.faults import UserError, run_main, say
 from common.outputs import check_replaceable, check_writable
@@ -79,8 +79,11 @@ def main(argv: list[str]) -> int:
     found = merge_and_save(model.float(), chat, output, dtype, prompts(run, chat))
     say(f"{output}: merged model ({found['dtype']}); largest logit difference to the adapter {found['fp32']:.1e} in "
         f"fp32, {found['saved']:.1e} as saved, of logits up to {found['largest']:.0f}")
+    file = run / "README.md"
+    if output == run / "merged" and file.is_file():
+        atomic_write(file, with_merged(file.read_text(encoding="utf-8"), found["saved"]))
     if repo:
-        file, again = run / "README.md", shlex.join(["python", "scripts/04_merge_lora.py", *argv, *(
+        again = shlex.join(["python", "scripts/04_merge_lora.py", *argv, *(
             [] if config.overwrite_output_dir else ["--overwrite_output_dir"])])
         card = hub_card(file.read_text(encoding="utf-8"), run.absolute().name, repo, True) if file.is_file() else ""
         push(output, repo, card, again, say)

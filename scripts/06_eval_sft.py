@@ -158,11 +158,11 @@ def evaluate(config: EvalConfig, team: Team, say: Say) -> None:
     if not sets:
         raise UserError(f"{subject.path}: it has no val.jsonl, so there are no rows to measure on. Name files with "
                         "--dataset_paths, or look at some answers with --gen_only.")
+    other = find_baseline(subject, config.baseline_path, config.tokenizer_path, config.prompt_template, say)
     model, chat, stops = opened(config, subject, sets, say)
     sets, options = with_calls(sets, chat), options_of(config, team)
     tuned = measure_all(model, chat, sets, options, "tuned", say)
     del model  # its memory is the baseline's
-    other = find_baseline(subject, config.baseline_path, config.tokenizer_path, config.prompt_template, say)
     baseline = measure_baseline(config, other, chat, subject.settings.get("system_prompt"), sets, options, load_for,
                                 say) if other else None
     if team.main:

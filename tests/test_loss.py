@@ -220,6 +220,19 @@ def test_sliding_window_models_keep_their_window(window: int) -> None:
     assert abs(found - loss) <= 1e-6 * loss and distance(gradients, found_gradients) <= 1e-5
 
 
+def test_a_window_that_stands_in_the_mask_alone_is_not_lost() -> None:
+    """Bug: the two examples of the proof are shorter than the window, and attention without a mask is taken."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "doge", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, initializer_range=0.3, max_position_embeddings=64))
+    loss_model = LossModel(model, "sdpa").eval()
+    lines = choose_attention(loss_model, [EXAMPLES[1], EXAMPLES[3]], 0, "auto", packing=True)
+    assert "stands in the mask alone" in lines[0] and loss_model.attention in ("sdpa", "eager")
+    found = loss_model.token_losses(make_batch([EXAMPLES], 0))[0].numpy()
+    np.testing.assert_allclose(found, np.concatenate(reference_losses(model, EXAMPLES)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind, changes, plain", [
     ("llama", {}, False), ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, False),
     ("cohere", {"logit_scale": 0.25}, True), ("gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}, True),

@@ -23,6 +23,7 @@ from common.model import (
     find_model,
     load_model,
     merge_and_save,
+    rope_limit,
     round_frozen,
     save_adapter,
     save_full,
@@ -137,6 +138,15 @@ def test_a_merged_model_stops_where_the_run_stops(tmp_path: Path, chat: object) 
     assert found["eos_token_id"] == [chat.end_id, 3] and len(found["suppress_tokens"]) == 30
 
 
+def test_ends_that_the_base_knows_stay(tmp_path: Path, chat: object) -> None:
+    """Bug: a model that ends calls of tools with a token of its own no longer stops there once it is fine-tuned."""
+    model = grown(tmp_path, chat)
+    other = sorted(chat.control_ids - set(chat.stop_ids))[0]
+    model.generation_config.eos_token_id = [chat.eos_id, other, 50]  # 50: a word
+    set_special_ids(model, chat)
+    assert model.generation_config.eos_token_id == [*chat.stop_ids, other]
+
+
 def test_the_base_of_an_adapter_is_its_own(tmp_path: Path, chat: object) -> None:
     """Bug: a run called base beside other runs is taken for their base."""
     base = make_llama(tmp_path / "start", 390)
@@ -206,6 +216,17 @@ def test_adapters_on_head_or_embeddings_are_refused_where_there_can_be_none(
                        modules_to_save=saved)
     with pytest.raises(UserError, match=finding):
         add_lora(load_model(make_llama(tmp_path / "model", 40, tied=tied)), config, [39] if new else [])
+
+
+def test_the_length_beyond_which_positions_turn_otherwise() -> None:
+    """Bug: beside one long example, all short ones of a pass are computed with the frequencies of long ones."""
+    from transformers import LlamaConfig, Phi3Config
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128}
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    assert rope_limit(Phi3Config(**sizes, original_max_position_embeddings=16, rope_scaling=long)) == 16
+    assert rope_limit(LlamaConfig(**sizes, rope_scaling={"rope_type": "dynamic", "factor": 2.0})) == 128
+    assert rope_limit(LlamaConfig(**sizes, rope_scaling={"rope_type": "linear", "factor": 2.0})) is None
 
 
 def test_no_weights_no_model(tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ def test_what_other_tools_call_it(tmp_path):
     rows, _ = read(write(tmp_path, json.dumps({"messages": ROW, "functions": [function]}) + "\n"))
     assert rows[0].tools == [{"type": "function", "function": function}]
     assert messages_of(tmp_path, {"prompt": "And?", "response": "c", "history": [["a", "b"]]}) == [
-        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False},
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": True},
         {"role": "user", "content": "And?"}, {"role": "assistant", "content": "c", "train": True}]
     assert answer_of(tmp_path, content="4", reasoning_content="2 + 2")["reasoning_content"] == "2 + 2"
 
@@ -308,11 +308,12 @@ def test_parquet_gives_what_json_would(tmp_path):
 
 
 def test_history_of_an_instruction(tmp_path):
-    """Guards against an answer learnt without the turns that it rests on; they are context only."""
+    """Guards against an answer learnt without the turns that it rests on; those are learnt too, as where the form
+    comes from."""
     row = {"instruction": "And?", "input": "", "output": "b", "system": "S"}
     assert messages_of(tmp_path, row | {"history": [["Hi", "a"]]}) == [
         {"role": "system", "content": "S"}, {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "a", "train": False}, {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "a", "train": True}, {"role": "user", "content": "And?"},
         {"role": "assistant", "content": "b", "train": True}]
     for empty in ([], None, ""):
         assert len(messages_of(tmp_path, row | {"history": empty})) == 3

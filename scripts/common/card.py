@@ -148,14 +148,30 @@ def _losses(losses: dict, metrics: list[dict]) -> str:
 def _settings(run: dict, plan: dict) -> str:
     config, versions = run["config"], run.get("versions", {})
     names = [*SETTINGS, *(LORA_SETTINGS if config["use_lora"] else ())]
+    if config.get("stages") or config.get("max_steps", -1) >= 0:  # they say how long it trained
+        names.remove("num_train_epochs")
     shown = lambda value: ", ".join(map(str, value)) if isinstance(value, list) else value
     rows = [f"| {name} | {shown(config[name])} |" for name in names if config.get(name) not in (None, 0, False, -1)]
+    rows += [f"| stage {stage['name']} | " + (f"{stage['epochs']:g} epochs" if stage.get("epochs") is not None else
+                                              f"until step {stage['until_step']:,}") + " |"
+             for stage in config.get("stages") or ()]
     return "\n".join(["## Settings", "", "| setting | value |", "|---|---|", *rows,
                       f"| rows of a step | {plan['rows_per_step']:,} |",
                       f"| precision | {run.get('mixed_precision')} |", "",
                       "All settings, fingerprints and the command: `run.json`; what was drawn: `plan.json`; held-out "
                       "rows: `val.jsonl`; curves: `report.html`. "
                       + ", ".join(f"{package} {version}" for package, version in versions.items()) + "."])
+
+
+def merged_sentence(difference: float) -> str:
+    """What the card says of merged/; difference: the largest one of a logit."""
+    return f"`merged/` is the stand-alone model; its logits differ from the adapter's by at most {difference:.1e}."
+
+
+def with_merged(card: str, difference: float) -> str:
+    """The card of a run whose merged/ was made anew."""
+    return re.sub(re.escape(merged_sentence(0.0)).replace(re.escape("0.0e+00"), r"\S+"), merged_sentence(difference),
+                  card)
 
 
 def fenced(text: str) -> str:
@@ -177,8 +193,7 @@ def _loading(config: dict, place: Path, merged: dict | None) -> str:
     """How to use it in Python and in the terminal."""
     library, cls = ("peft", "AutoPeftModelForCausalLM") if config["use_lora"] else (
         "transformers", "AutoModelForCausalLM")
-    beside = [] if merged is None else [
-        f"`merged/` is the stand-alone model; its logits differ from the adapter's by at most {merged['saved']:.1e}."]
+    beside = [] if merged is None else [merged_sentence(merged["saved"])]
     if (place / "base" / "config.json").exists():
         beside.append("`base/` is the base with embeddings for the added tokens. `adapter_config.json` names its place "
                       "(`base_model_name_or_path`): mend it there when the directory moves, or merge.")

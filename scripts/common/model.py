@@ -99,6 +99,18 @@ def model_config(path: str) -> object:
     return _from_pretrained(AutoConfig, find_model(path).base)
 
 
+def rope_limit(config: object) -> int | None:
+    """The longest pass that computes a short example as it would be alone: with dynamic and LongRoPE scaling (as in the
+    long Phi models) transformers takes the speeds of rotary positions by the longest example of a pass."""
+    text = config.get_text_config()
+    found = getattr(text, "rope_parameters", None) or {}
+    for rope in [found, *(part for part in found.values() if isinstance(part, dict))]:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            return (rope.get("original_max_position_embeddings")
+                    or getattr(text, "original_max_position_embeddings", None) or text.max_position_embeddings)
+    return None
+
+
 def load_model(path: str, *, dtype: torch.dtype | str = torch.float32, trainable_adapter: bool = False,
                in_4bit: bool = False, empty: bool = False) -> nn.Module:
     """Load a full or merged model, or a base with its adapter. Weights come from safetensors only; no remote code runs.

@@ -4,10 +4,14 @@ Packed in one row and each alone through the model's own forward, the examples m
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AttentionInterface
 
 from common.attention import PACKED, set_ordinary_attention
 from common.chat import Encoded
@@ -87,17 +91,41 @@ def _prove(loss_model: LossModel, name: str, rows: list[list[Encoded]], referenc
         # a row is never full: the padding behind it must not be seen either
         batch = make_batch(rows, pad_id, len(rows[0][0].input_ids) + 3, loss_model.flat)
         try:
-            found = loss_model.token_losses(batch.to(next(model.parameters()).device))[0].cpu().numpy()
+            with _told_windows(model, name) as windows:
+                found = loss_model.token_losses(batch.to(next(model.parameters()).device))[0].cpu().numpy()
         except (NotImplementedError, RuntimeError) as fault:  # a kernel says RuntimeError: head size, dtype, device
             if of_a_collective(fault) or isinstance(fault, (torch.OutOfMemoryError, torch.AcceleratorError)):
                 raise
             return False, f"attention {_spoken(name)}: not for this model ({str(fault).splitlines()[0]:.120})"
+        if windows is not None and not any(windows):
+            return False, f"attention {_spoken(name)}: not for this model (its sliding window stands in the mask alone)"
         apart = np.abs(found - reference) if len(found) else np.zeros(1)
         # half precision: two right paths differ by a rounding of a logit (up to 0.125 at 16 to 32) on single tokens
         if apart.max() <= 1e-3 or (half and apart.max() <= 0.3 and apart.mean() <= 0.03):
             return True, (f"attention {_spoken(name)}, {end} at trained positions only: {sum(map(len, rows))} examples "
                           f"packed and apart differ by at most {apart.max():.1e} nats a token")
     return False, f"attention {_spoken(name)}: examples packed in a row see each other ({apart.max():.1e} nats a token)"
+
+
+@contextmanager
+def _told_windows(model: nn.Module, name: str) -> Iterator[list[int | None] | None]:
+    """For a model with a sliding window, and attention that is given no mask: what windows it is told instead. Examples
+    of a proof are shorter than a window, so that their losses would not show one that is lost."""
+    known = AttentionInterface()
+    if name not in (PACKED, "flash_attention_2") or not getattr(model.config.get_text_config(), "sliding_window", None):
+        yield None
+        return
+    real, told = known[name], []
+
+    def listen(*inputs: object, **more: object) -> tuple:
+        told.append(more.get("sliding_window"))
+        return real(*inputs, **more)
+
+    AttentionInterface.register(name, listen)
+    try:
+        yield told
+    finally:
+        AttentionInterface.register(name, real)
 
 
 def _ends(model: nn.Module) -> list[tuple[bool, bool, str]]:

@@ -107,7 +107,7 @@ _CONTEXT = [  # kind, pattern whose group is the secret, what it has to look lik
      lambda v: _is_pair(v)),  # Docker's config.json
     ("password in a URL", re.compile(r"""\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@"'`<>]{0,64}:([^\s/@"'`<>{}$\[\]]{3,128})@"""),
      lambda v: not _placeholder(v)),
-    ("password", re.compile(r"(?i)(?:passw(?:or)?d|passphrase|pwd|DB_PASS)" + _ASSIGN +
+    ("password", re.compile(r"(?i)(?:passw(?:or)?[dt]|passphrase|kennwort|pwd|DB_PASS)" + _ASSIGN +
                             r"""([^\s"'`,;()<>{}\[\]$\\]{8,128})"""), lambda v: _strong(v)),
     ("password", re.compile(r"""(?i)\s--?(?:password|passwd)[ =]["'`]?([^\s"'`,;()<>{}\[\]$\\]{8,128})"""),
      lambda v: _strong(v)),

@@ -311,7 +311,7 @@ class RowReader(Counts):
                 {"role": "assistant", "content": self._text(record, "output", "instruction"), "train": True}]
 
     def _history(self, pairs: object) -> list[dict]:
-        """[[instruction, output], …] before an instruction, as context; raise Bad."""
+        """[[instruction, output], …], the turns before an instruction, learnt as well; raise Bad."""
         if self._tabular and isinstance(pairs, str) and pairs:
             pairs = parse(pairs)
         if not pairs:
@@ -319,7 +319,7 @@ class RowReader(Counts):
         if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             raise Bad('"history" is no list of pairs. It has to be [[instruction, output], …].')
         turns = [turn for asked, answered in pairs for turn in (
-            {"role": "user", "content": asked}, {"role": "assistant", "content": answered, "train": False})]
+            {"role": "user", "content": asked}, {"role": "assistant", "content": answered})]
         return self.message_reader.read_all(turns, self._name("history"))
 
     def _messages(self, record: dict, key: str = "messages") -> list[dict]:

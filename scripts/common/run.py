@@ -243,6 +243,9 @@ def bytes_to_come(run: Run) -> int:
 def continued_adapter(config: SftConfig, adapter: str) -> list[str]:
     """A line about an adapter that training goes on with. Raises UserError for a flag that would change its form."""
     found = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    if found.get("peft_type") != "LORA":
+        raise UserError(f"--init_from {adapter}: its adapter is of the kind {found.get('peft_type')}, and only LoRA is "
+                        "trained here. Merge it with the library that made it, and start from the merged model.")
     theirs = {"lora_r": found["r"], "lora_alpha": found["lora_alpha"], "lora_dropout": found["lora_dropout"],
               "use_rslora": found.get("use_rslora", False), "use_dora": found.get("use_dora", False),
               "lora_target_modules": sorted(target if isinstance(target := found.get("target_modules") or [], list)

@@ -199,8 +199,11 @@ def find_baseline(subject: Subject, asked: str | None, tokenizer_path: str | Non
         if Path(path).is_absolute() and not Path(path).exists():
             say(f"baseline: none, because {path} is gone; --baseline_path takes another")
             return None
+    if path == subject.path and asked != "auto":
+        raise UserError(f"--baseline_path {path}: is the model that is evaluated. Name another, or leave it out.")
     if path is None or path == subject.path:
         return None
+    find_model(path)  # before the other model is measured
     own = path if has_tokenizer(path) else None
     tokenizer = own or subject.settings.get("tokenizer_path") or tokenizer_path or subject.path
     name = subject.settings.get("prompt_template") or template or "model"
