@@ -93,6 +93,9 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
         fetch_all(run, weights=True)
         run.say(*explain_step(run, chat, material))
         return 0
+    if chat.replaces:
+        run.say(f"template: {config.prompt_template}, in place of that which {config.tokenizer_path or config.source} "
+                "brings (--prompt_template model keeps that)")
     run.say(*chat.notes, *show.describe_data(material), show.describe_plan(material),
             show.describe_memory(run, base, chat, material))
     run.say(*show.show_example(material, chat))

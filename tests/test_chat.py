@@ -462,6 +462,17 @@ def test_a_prompt_that_answers_do_not_have_is_told(qwen_like: str, tmp_path: Pat
     assert len(chat.notes) == 1 and "it asks for an answer with" in chat.notes[0]
 
 
+def test_a_header_before_a_generation_block_is_asked_for(qwen_like: str, tmp_path: Path) -> None:
+    """Guards against a header that is neither trained nor in the prompt: a model asked for two things at once."""
+    source = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+              "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + "
+              "'<|im_end|>' }}{% endif %}{% endfor %}")
+    chat = with_source(qwen_like, tmp_path, source)
+    assert len(chat.notes) == 1 and "it asks for an answer with" in chat.notes[0]
+    asked = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    assert not with_source(qwen_like, tmp_path, source + asked).notes
+
+
 def test_what_a_template_leaves_out_is_counted_or_refused(qwen_like: str, tmp_path: Path) -> None:
     """A template without system turns, and one that knows no calls: of a call alone it would teach an empty answer."""
     shows = "{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"

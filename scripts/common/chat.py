@@ -62,6 +62,7 @@ class Chat:
     added_tokens: list[str] = field(default_factory=list)  # new in the vocabulary, so their rows must be trained
     adds_bos: bool = False
     notes: list[str] = field(default_factory=list)  # what a template file said that has no effect, and the like
+    replaces: bool = False  # the tokenizer brings another template
     encoded_apart: int = 0
     left_out: Counter[str] = field(default_factory=Counter)  # texts of rows that the template does not put in
 
@@ -359,14 +360,12 @@ def load_chat(tokenizer_path: str, template: str = "chatml", *, system_prompt: s
         added = _add_special(tokenizer, CHATML_TOKENS) if template == "chatml" else []
         source = _template_source(template, tokenizer, tokenizer_path, adds_bos)
     own = tokenizer.chat_template
-    if isinstance(own, str) and not own.endswith(source):  # (a run's own may have a system prompt before it)
-        notes = [*notes, f"template: {template}; {tokenizer_path} brings one of its own, which --prompt_template model "
-                         "keeps"]
+    replaces = isinstance(own, str) and not own.endswith(source)  # (a run's own may have a system prompt before it)
     if system_prompt is not None:
         turn = json.dumps(system_prompt, ensure_ascii=False)
         source = ("{%- if not messages or messages[0].role != 'system' -%}\n{%- set messages = "
                   f"[{{'role': 'system', 'content': {turn}}}] + messages -%}}\n{{%- endif -%}}\n") + source
-    return Chat(tokenizer, template, source, native, assistant_turns, train_on_prompt, added, adds_bos, notes)
+    return Chat(tokenizer, template, source, native, assistant_turns, train_on_prompt, added, adds_bos, notes, replaces)
 
 
 def _add_special(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[str]:

@@ -180,8 +180,9 @@ class Template:
         has to say it, so it is trained."""
         before, prompt = self.before_answer
         said = before[len(prompt):] if before.startswith(prompt) else ""
-        unasked, marked, _ = said.partition(f"{OPEN}+{CLOSE}")
-        if marked and unasked.strip():  # before a generation block: neither asked for nor trained
+        whole = self.render(_shape([*PROBE], self.control_pattern, [], True), None, False, True)
+        unasked, marked, _ = whole.partition(f"{OPEN}+{CLOSE}")
+        if marked and unasked[len(prompt):].strip():  # before a generation block: neither asked for nor trained
             return ""
         return said if said.strip() else ""
 
