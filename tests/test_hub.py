@@ -171,7 +171,8 @@ def test_two_processes_ask_once(tmp_path, hub, bench):
         hub.faults.clear()
     out, before = tmp_path / "run", hub.count("/revision/main")
     killed = bench.run(out, *flags, ranks=2, patch=hold_at(3, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    assert killed.codes == [-signal.SIGKILL] * 2 and (out / "checkpoint-2").is_dir()
+    assert killed.codes[0] == -signal.SIGKILL and killed.codes[1] in (-signal.SIGKILL, 70)  # it may see the other go
+    assert (out / "checkpoint-2").is_dir()
     assert hub.count("/revision/main") - before == 3 and hub.count("GET /ann/base/resolve/.*/config.json") == 1
     hub.put("model", "ann/base", Path(make_llama(tmp_path / "other", 60, seed=5)))
     hub.put("dataset", "ann/rows", {"rows.jsonl": ROWS, "more.jsonl": ROWS})

@@ -336,6 +336,7 @@ def save_state(run: Run, chat: Chat) -> None:
         elif sharded:
             write_shards(run.loss_model, run.optimizer, None)
     run.watch.meet()
+    run.accelerator.wait_for_everyone()  # the main process, which holds the store, may end next
 
 
 def write_model(run: Run, chat: Chat, directory: Path, dtype: torch.dtype, weights: dict | None = None) -> None:
