@@ -593,6 +593,20 @@ def test_rows_longer_than_the_context_are_counted(tiny_model: str, spm_unigram: 
     assert found.left_out == 1 and found.table["loss"][:, 1].tolist()[1] == 0 and found.answers[1].cut
 
 
+def test_rows_that_were_cut_in_training_have_a_loss(tiny_model: str, spm_unigram: str) -> None:
+    """Guards against a validation file of long rows of which nothing is measured."""
+    from common.model import load_model
+
+    chat, model = load_chat(spm_unigram, "instruct"), load_model(tiny_model)
+    turns = [{"role": role, "content": text} | ({"train": True} if role == "assistant" else {}) for i in range(6)
+             for role, text in (("user", f"the cat {i} " * 10), ("assistant", "the red dog " * 5))]
+    rows = [make_case(Row(1, turns), "s"), make_case(Row(2, None, "the cat " * 200), "s")]
+    whole, cut = (measure(model, chat, rows, Options(max_new_tokens=2), context=n) for n in (None, 200))
+    assert cut.left_out == 0
+    for name in ("loss", "bits_per_byte"):
+        assert (cut.table[name][:, 1] == whole.table[name][:, 1]).all() and (whole.table[name][:, 1] > 0).all()
+
+
 def figures(place: Path) -> dict[str, float]:
     """Every number of eval_results.json with its intervals and differences, by its place in the file."""
     found: dict[str, float] = {}

@@ -167,8 +167,8 @@ def measure(model: nn.Module, chat: Chat, cases: list[Case], options: Options, *
     n_bytes = [response_bytes(case.row, chat.assistant_turns, text) if len(loss) else 0
                for case, text, loss in zip(cases, shown, losses)]
     # control ids come from the template alone, so these are the true ends
-    ends = [np.isin(np.concatenate([np.zeros(0, np.int32), *(part.input_ids[part.trained] for part in each)]),
-                    chat.stop_ids) for each in parts]
+    targets = [[part.input_ids[1:][part.trained[1:]] for part in each] for each in parts]  # nothing predicts the first
+    ends = [np.isin(np.concatenate([np.zeros(0, np.int32), *each]), chat.stop_ids) for each in targets]
     answers, texts = answer(model, chat, cases, options, plain=plain)
     table = loss_table(losses, hits, n_bytes, ends) | answer_table(answers, texts, [case.reference for case in cases])
     return Measured(table, answers, texts, sum(not each for each in parts))
