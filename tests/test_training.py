@@ -333,6 +333,12 @@ def test_an_adapter_on_the_head_is_trained_and_merged(train, tmp_path):
     assert len(trained) == 3 and any("lm_head" in name for name in trained)
 
 
+def test_a_merge_after_gradient_checkpointing(train, tmp_path):
+    """Guards against the hook of checkpointing, which cannot be copied: a crash after the last step, at every try."""
+    done = train(tmp_path / "run", gradient_checkpointing=True, merge_adapters=True, merge_dtype="bfloat16").ok()
+    assert "as saved (bfloat16)" in done.out and (tmp_path / "run" / "report.html").exists()
+
+
 @pytest.mark.parametrize("flags", [
     {"merge_adapters": True, "do_gen_test": True, "max_new_tokens": 5},
     {"gradient_checkpointing": True, "lora_target_modules": ["q_proj", "lm_head"], "prompt_template": "instruct"}],
