@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import write_rows
 
-from common.card import base_licence, metadata, model_card, modelfile
+from common.card import base_licence, metadata, model_card, modelfile, with_merged
 from common.chat import Chat, load_chat
 from common.checkpoint import TrainState
 from common.config import is_hub_name
@@ -77,6 +78,19 @@ def test_what_a_card_tells(run: Path, chat: Chat) -> None:
     fence = "`````"
     assert f"{fence}text\n---\n```\nlicense: mit\n````\n{fence}" in text
     assert re.search(r"^place = .*\nmodel = AutoPeft", text, re.M)
+    assert "num_train_epochs" in text and "AutoTokenizer.from_pretrained(place)" in text
+    anew = with_merged(text, 4e-1)
+    assert "at most 4.0e-01" in anew and "2.0e-03" not in anew and len(anew) == len(text)
+
+
+def test_what_a_card_tells_of_other_runs(run: Path, chat: Chat) -> None:
+    """Guards against epochs that are not those of the run, and against code that loads other ids than it trained on."""
+    settings = json.loads((run / "run.json").read_text())
+    settings["config"]["stages"] = [{"name": "first", "epochs": 0.5}, {"name": "then", "until_step": 1200}]
+    (run / "run.json").write_text(json.dumps(settings))
+    text = model_card(run, STATE, replace(chat, loads_with="PreTrainedTokenizerFast"))
+    assert "num_train_epochs" not in text and "| stage first | 0.5 epochs |\n| stage then | until step 1,200 |" in text
+    assert "tokenizer = PreTrainedTokenizerFast.from_pretrained(place)" in text and "AutoTokenizer" not in text
 
 
 @pytest.mark.parametrize("base, licences, expected", [

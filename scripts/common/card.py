@@ -51,8 +51,8 @@ def model_card(place: Path, state: TrainState, chat: Chat, merged: dict | None =
     licence = base_licence(base, config.get("revision"))
     parts = [f"---\n{metadata(name, config, base, licence, data, losses)}---\n# {name}",
              _summary(config, base, chat, state), _data(plan, data, licence), _losses(losses, metrics),
-             _settings(run, plan), _samples(samples), _loading(config, place, merged), _elsewhere(config, chat, name),
-             _limits(config, plan, data, losses, place)]
+             _settings(run, plan), _samples(samples), _loading(config, place, chat.loads_with, merged),
+             _elsewhere(config, chat, name), _limits(config, plan, data, losses, place)]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -189,7 +189,7 @@ def _samples(samples: list[dict]) -> str:
     return "## Answers\n\n" + "\n\n".join(pairs)
 
 
-def _loading(config: dict, place: Path, merged: dict | None) -> str:
+def _loading(config: dict, place: Path, tokenizer: str, merged: dict | None) -> str:
     """How to use it in Python and in the terminal."""
     library, cls = ("peft", "AutoPeftModelForCausalLM") if config["use_lora"] else (
         "transformers", "AutoModelForCausalLM")
@@ -201,11 +201,11 @@ def _loading(config: dict, place: Path, merged: dict | None) -> str:
 
 ```python
 from {library} import {cls}
-from transformers import AutoTokenizer
+from transformers import {tokenizer}
 
 place = "{place.name}"  # this directory
 model = {cls}.from_pretrained(place)
-tokenizer = AutoTokenizer.from_pretrained(place)
+tokenizer = {tokenizer}.from_pretrained(place)
 turns = [{{"role": "user", "content": "Hello"}}]
 ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0]))

@@ -63,6 +63,7 @@ class Chat:
     adds_bos: bool = False
     notes: list[str] = field(default_factory=list)  # what a template file said that has no effect, and the like
     replaces: bool = False  # the tokenizer brings another template
+    loads_with: str = "AutoTokenizer"  # the class of transformers that reads what is saved as it is
     encoded_apart: int = 0
     left_out: Counter[str] = field(default_factory=Counter)  # texts of rows that the template does not put in
 

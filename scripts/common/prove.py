@@ -28,6 +28,7 @@ def prove_chat(config: SftConfig, chat: Chat, material: Material, base: object) 
     texts = texts_of(rows)[:200]
     served, differ = differs_as_served(chat, base, texts)
     if differ:
+        chat.loads_with = "PreTrainedTokenizerFast"
         lines.append(f"tokenizer: transformers' AutoTokenizer makes {served} of it, because the model is a "
                      f"{base.model_type}: other ids for {differ:,} of {len(texts):,} texts. Load the finished model's "
                      "with PreTrainedTokenizerFast.from_pretrained")
