@@ -55,12 +55,13 @@ class MergeConfig:
 def main(argv: list[str]) -> int:
     config = parse(MergeConfig, argv, __doc__, config_flag=None)
     run = Path(config.model_path) if config.model_path else Path(config.config_path).parent
+    if not run.is_dir():
+        raise UserError(f"{run}: no such directory. --model_path takes the directory of an adapter.")
     if not (run / "adapter_config.json").is_file():
-        there = [path for path in checkpoints(run) if (path / "adapter_config.json").is_file()] if run.is_dir() else []
-        raise UserError(f"{run}: no such directory. --model_path takes the directory of an adapter." if not run.is_dir()
-                        else f"{run}: not finished, but {there[-1]} has an adapter that can be merged." if there else
-                        f"{run}: no adapter here (adapter_config.json is missing). Full fine-tuning leaves a whole "
-                        "model; there is nothing to merge.")
+        there = [path for path in checkpoints(run) if (path / "adapter_config.json").is_file()]
+        way = (f"The run is not finished, but {there[-1]} has one." if there else
+               "Full fine-tuning leaves a whole model; there is nothing to merge.")
+        raise UserError(f"{run}: no adapter here (adapter_config.json is missing). {way}")
     output = Path(config.output_dir) if config.output_dir else run / "merged"
     if output.exists() and not config.overwrite_output_dir:
         raise UserError(f"{output}: is there already. --overwrite_output_dir replaces it, --output_dir leaves it "

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -269,15 +270,21 @@ def _keep_base(run: Run, model: nn.Module, base: Path) -> None:
     if not (base.parent / "run.json").exists() or base.name != "base" or base.resolve() == own.resolve():
         return
     if run.main and verify(own):
-        work = run.directory / f".base.{os.getpid()}"
-        try:
-            shutil.copytree(base, work, copy_function=_link)
-            (work / MANIFEST).unlink(missing_ok=True)
-            seal(work, 0, {})
-            put_in_place(work, own)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with _new_base(run) as work:
+            shutil.copytree(base, work, copy_function=_link, ignore=shutil.ignore_patterns(MANIFEST))
     model.peft_config["default"].base_model_name_or_path = os.path.abspath(own)
+
+
+@contextmanager
+def _new_base(run: Run) -> Iterator[Path]:
+    """A directory to be filled, which then is the run's base: sealed, and whole or absent."""
+    work = run.directory / f".base.{os.getpid()}"
+    try:
+        yield work
+        seal(work, 0, {})
+        put_in_place(work, run.directory / "base")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _link(source: str, target: str) -> None:
@@ -294,14 +301,9 @@ def _with_adapter(run: Run, model: nn.Module, chat: Chat, token_ids: list[int], 
     if grown and run.main and (problems := verify(base)):
         if base.exists():  # every run makes the same one
             run.say(f"{base}: damaged ({'; '.join(problems[:3])}); it is made anew")
-        work = run.directory / f".base.{os.getpid()}"
-        try:
+        with _new_base(run) as work:
             save_full(model, work, run.export_dtype)
             chat.save(work)
-            seal(work, 0, {})
-            put_in_place(work, base)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     if not is_sharded(run.accelerator):  # there the main process is done with it before the others begin
         run.watch.meet()
     if grown:  # train against what was written: its rows may have been rounded to the base's dtype
