@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.config import is_hub_name, parse
-from common.faults import RankLost, Stopped, UserError, run_main
+from common.faults import RankLost, Stopped, UserError, memory_fault, run_main
 from common.hub import needed, resolve
 from common.outputs import check_no_input, check_writable
 from common.push import check_push
@@ -49,12 +49,13 @@ def main(argv: list[str]) -> int:
 
     from common.allocator import tune_allocator
     from common.model import quiet_libraries, use_cores
+    from common.ranks import launchers_patience
     from common.run import start
 
     tune_allocator()
     quiet_libraries()
     run = start(config, argv)
-    run.say(*config.notes, *use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    run.say(*config.notes, *use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1))), *launchers_patience())
     with run.watch:
         return fine_tune(run, stop)
 
@@ -87,6 +88,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     check_new_tokens(config, chat, source)
     check_length(config, base)
     check_alone(config, grows=len(chat.tokenizer) > base.get_text_config().vocab_size)
+    size = describe_size(config, base, chat, source)
 
     material = gather_material(run, chat, base)
     if config.explain_step:
@@ -100,6 +102,8 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
             show.describe_memory(run, base, chat, material))
     run.say(*show.show_example(material, chat))
     run.say(*prove_chat(config, chat, material, base))
+    if config.dry_run:
+        run.say(*size)
     if config.export_rendered:
         run.say(*on_main(run.watch, lambda: export(run, material, chat)))
     if config.dry_run:
@@ -165,6 +169,10 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
     config = run.config
     with ExitStack() as held:
         def open_it() -> tuple[Opened, bool]:
+            with run.watch.alive():  # checkpoints are read whole
+                return opened_first()
+
+        def opened_first() -> tuple[Opened, bool]:
             held.enter_context(RunLock(run.directory, run.say))
             described = describe_run(run, material, chat)
             opened = open_run_dir(run.directory, config.resume_from_checkpoint, config.overwrite_output_dir,
@@ -186,7 +194,7 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
         try:
             yield opened
         except BaseException as found:
-            fault = disk_fault(run.watch.named(found), run.directory)
+            fault = memory_fault(disk_fault(run.watch.named(found), run.directory))
             if new and run.state.step == 0 and isinstance(fault, UserError):  # exit status 2 leaves nothing behind
                 if run.main:
                     forget_plan(run)
@@ -195,6 +203,9 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
             else:
                 note(status="stopped" if isinstance(fault, (Stopped, KeyboardInterrupt)) else "failed",
                      exit_status=exit_status(fault), reason=str(fault) or type(fault).__name__)
+                if isinstance(fault, Stopped):  # as all do: when the first one ends, a launcher ends the others
+                    run.watch.meet()
+                    run.accelerator.wait_for_everyone()
             raise fault from None
         note(status="early_stopped" if run.state.stopped_early else "finished", exit_status=0, reason="",
              state=asdict(run.state))
@@ -322,6 +333,23 @@ def check_new_tokens(config: SftConfig, chat: Chat, source: str) -> None:
         raise UserError(f"--init_from {source}: training goes on with its adapter, beside which rows of the new tokens "
                         f"{' '.join(chat.added_tokens)} would not be trained. Give the --prompt_template it was "
                         "trained with, or merge it with scripts/04_merge_lora.py and start from the merged model.")
+
+
+def describe_size(config: SftConfig, base: object, chat: Chat, source: str) -> list[str]:
+    """A line about the parameters that are trained, where they are known before the weights are there. Raises UserError
+    for an adapter that does not fit the model."""
+    from common.model import find_model, planned_parameters
+    from common.run import continued_adapter
+    from common.zero import is_zero
+
+    adapter = find_model(source).adapter
+    if adapter and config.use_lora:
+        return continued_adapter(config, adapter)
+    if is_zero():  # there transformers cuts every model that is made
+        return []
+    total, trained = planned_parameters(config, base, chat)
+    return [f"model {config.source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
+            f"({'LoRA' if config.use_lora else 'full'})"]
 
 
 def check_length(config: SftConfig, base: object) -> None:

@@ -94,10 +94,13 @@ def main(argv: list[str]) -> int:
 def chat_of(run: Path, template: str | None) -> Chat:
     """Tokenizer and template of a run, or of an adapter of another origin that brings no template."""
     from common.chat import load_chat, load_saved_chat
+    from common.model import find_model
+    from common.subject import has_tokenizer
 
+    place = str(run) if has_tokenizer(str(run)) else find_model(str(run)).base
     if template is None:
-        return load_saved_chat(str(run))
-    chat = load_chat(str(run), template)
+        return load_saved_chat(place)
+    chat = load_chat(place, template)
     if chat.added_tokens:
         raise UserError(f"--prompt_template {template}: the model does not know its tokens "
                         f"{' '.join(chat.added_tokens)}. Give the template that the adapter was trained with.")

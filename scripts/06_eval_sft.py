@@ -75,7 +75,8 @@ class EvalConfig:
     dtype: str = setting("auto", "Precision of the weights. auto: float32 on CPU, the model's own on a GPU.",
                          choices=("auto", "float32", "bfloat16", "float16"))
 
-    dataset_paths: list[str] = setting([], "Files of rows, as for training. Without any: the run's val.jsonl.",
+    dataset_paths: list[str] = setting([], "Files of rows, as for training; with --gen_only also questions alone. "
+                                       "Without any: the run's val.jsonl.",
                                        path="hub", group="Data")
     max_eval_samples: int | None = setting(None, "Use at most this many rows of each file, a seeded choice.",
                                            unit="rows", within="[1, inf)")
@@ -308,17 +309,19 @@ def rows_of(config: EvalConfig, subject: Subject, say: Say) -> list[EvalSet]:
     from common.questions import read_sets, roles_of
 
     return read_sets(subject, config.dataset_paths, roles_of(subject, config.prompt_template), config.max_eval_samples,
-                     config.seed, config.skip_bad_rows, say)
+                     config.seed, config.skip_bad_rows, say, to_ask=config.gen_only)
 
 
 def opened(config: EvalConfig, subject: Subject, sets: list[EvalSet], say: Say) -> tuple[nn.Module, Chat, dict]:
     """The model with its tokenizer and template, and where its answers stop."""
-    from common.questions import texts_of
+    from common.questions import keep_renderable, texts_of
     from common.subject import open_chat, open_model, stop_audit
 
     chat = open_chat(subject, config.tokenizer_path, config.prompt_template, texts_of(sets), say)
+    # models that are compared answer the same rows
+    keep_renderable(sets, chat, None if config.compare or config.golden else config.skip_bad_rows, say)
     model = open_model(subject, chat, merged=not config.use_lora, dtype=config.dtype, seed=config.seed, say=say)
-    line, stops = stop_audit(model, chat)
+    line, stops = stop_audit(model, chat, subject.path)
     say(line)
     return model, chat, stops
 
@@ -354,26 +357,34 @@ def measure_baseline(config: EvalConfig, other: Baseline, tuned: Chat, system_pr
     from common.evaluate import best_of, measure_all, with_system
     from common.subject import default_template
 
-    turns = tuned.assistant_turns  # the same answers are measured
     sets = with_system(sets, system_prompt)
+    # the same answers are measured
+    chat_of = lambda template: load_chat(other.tokenizer_path, template, assistant_turns=tuned.assistant_turns)
+    own = other.template != "model" and default_template(other.tokenizer_path) == "model"
     try:
-        chat = load_chat(other.tokenizer_path, other.template, assistant_turns=turns)
-        model = load_for(other.path, chat, dtype=config.dtype, seed=config.seed, say=say)
+        raw = chat_of("raw")
+        try:
+            chat = chat_of(other.template)
+        except UserError as fault:
+            say(f"baseline: it is not asked through the template. {fault}")
+            chat = None
+        model = load_for(other.path, chat or raw, dtype=config.dtype, seed=config.seed, say=say)
     except UserError as fault:
         if level(config, "baseline_path") == 2:
             raise
         say(f"baseline: none, because it cannot be loaded. {fault}")
         return None
     say(f"baseline {other.path}: asked in several ways, the best one counts")
-    found = {"template": measure_all(model, chat, sets, options, "baseline through the template", say)}
-    raw = load_chat(other.tokenizer_path, "raw", assistant_turns=turns)
-    found["plain"] = measure_all(model, raw, sets, options, "baseline in plain text", say, plain=True)
-    if other.template != "model" and default_template(other.tokenizer_path) == "model":
-        own = load_chat(other.tokenizer_path, "model", assistant_turns=turns)
+    found = {}
+    for way, how, asked in (("template", "through the template", chat), ("plain", "in plain text", raw),
+                            ("its own template", "through its own template", chat_of("model") if own else None)):
         try:
-            found["its own template"] = measure_all(model, own, sets, options, "baseline through its own template", say)
+            if asked:
+                found[way] = measure_all(model, asked, sets, options, f"baseline {how}", say, plain=way == "plain")
         except UserError as fault:
-            say(f"baseline: its own template does not fit these rows. {fault}")
+            say(f"baseline: it cannot be asked {how}. {fault}")
+    if not found:
+        return None
     return [best_of({way: measured[i] for way, measured in found.items()}) for i in range(len(sets))]
 
 

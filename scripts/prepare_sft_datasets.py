@@ -125,6 +125,7 @@ def main(argv: list[str]) -> int:
         return 0
     names = list(dict.fromkeys(n for name in config.dataset for n in (ALL if name == "all" else (name,))))
     folder = Path(config.output_dir)
+    check_apart(names, config)
     there = folder.exists()
     free_of_dead(folder)
     command = shlex.join(["python", "scripts/prepare_sft_datasets.py", *argv])
@@ -142,6 +143,17 @@ def main(argv: list[str]) -> int:
     for sentence in failed:
         print(f"error: {sentence}", file=sys.stderr)
     return 2 if failed else 0
+
+
+def check_apart(names: list[str], config: Config) -> None:
+    """UserError where two of the data sets would be written to one file."""
+    written: dict[str, str] = {}
+    for name in (name for name in names if name in spec_names()):
+        output = read_spec(SPEC_DIR / f"{name}.json").output_name(config.lang)
+        if output in written:
+            raise UserError(f"--dataset {name} {written[output]}: both write {output}. Give one another \"output\", in "
+                            f"{SPEC_DIR / name}.json.")
+        written[output] = name
 
 
 def attempt(name: str, config: Config, command: str) -> dict | str:
@@ -205,8 +217,8 @@ def from_files(found: Collected, spec: Spec, config: Config) -> None:
     else:
         files, line = hub_files(spec, ROOT / "data" / "cache")
     say(line)
+    check_outputs(found, files, config)
     for path in files:
-        check_no_input(Path(config.output_dir) / found.name, "--output_dir", [path])
         reader = open_reader(spec, path, config, found.changed)
         for row in reader:
             found.add(to_output(row, spec))
@@ -225,6 +237,7 @@ def from_logs(found: Collected, spec: Spec, config: Config) -> None:
     """Add the conversations of a person's own logs, filtered, redacted and cut into windows."""
     folder = Path(config.raw_dir) if config.raw_dir is not None else default_folder(spec.form, spec.raw_dir)
     files = log_files(spec.name, folder, spec.raw_patterns)
+    check_outputs(found, files, config)
     say(f"{spec.name}: took {len(files):,} file{'s' if len(files) > 1 else ''} of {folder}")
     chat = None
     if config.tokenizer_path is not None:
@@ -236,6 +249,13 @@ def from_logs(found: Collected, spec: Spec, config: Config) -> None:
                  size=config.max_seq_length)
     if reader.n_bad:
         show_bad(spec, reader)
+
+
+def check_outputs(found: Collected, files: list[Path], config: Config) -> None:
+    """UserError where what is to be written is one of the files that are read."""
+    place = Path(config.output_dir) / found.name
+    for path in (place, *([place.with_suffix(".csv")] if config.csv else [])):
+        check_no_input(path, "--output_dir", files)
 
 
 def log_filters(spec: Spec, config: Config) -> Filters:

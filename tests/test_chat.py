@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import train_spm
+from conftest import sentences, train_spm
 
 from common import layout, render
 from common.chat import Chat, load_chat, load_saved_chat, load_tokenizer
@@ -535,9 +535,78 @@ def test_templates_are_told_the_day_of_the_first_start(byte_level: str, tmp_path
     for day in (3, 4):
         monkeypatch.setattr(render, "_today", datetime(2026, 1, day, 23, 50))
         chat = with_source(byte_level, tmp_path, source)
-        seen.append((chat.fingerprint(), chat.tokenizer.decode(chat.encode_rows([row(("user", "a"), (
-            "assistant", "b"))])[0].input_ids)))
+        one = row(("user", "a"), ("assistant", "b"))
+        assert prove(chat, [one])["template_differs"] == 0  # a run that is resumed on a later day
+        seen.append((chat.fingerprint(), chat.tokenizer.decode(chat.encode_rows([one])[0].input_ids)))
     assert seen[0][0] != seen[1][0] and seen[0][1].startswith("03 Jan") and seen[1][1].startswith("04 Jan")
+
+
+@pytest.mark.parametrize("template", ["chatml", "instruct", "chat", "raw"])
+def test_a_space_before_the_beginning_of_a_text_alone(tmp_path: Path, template: str) -> None:
+    """Mistral v0.3, and Llama 2 as transformers 5 saves it: only a whole text begins with ▁, not what follows a control
+    token; runs of text that are encoded as texts of their own got one each."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=[f"<0x{i:02X}>" for i in range(256)])
+    tokenizer.train_from_iterator(sentences(1500), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(tmp_path)
+    chat = load_chat(str(tmp_path), template)
+    rows = [row(("user", "the cat"), ("assistant", "sees a dog")), Row(2, None, "the old house")]
+    assert prove(chat, rows)["template_differs"] == 0
+    assert chat.encode_rows(rows)[1].input_ids.tolist() == [*fast("the old house")["input_ids"], 2]
+    assert [e.input_ids.tolist() for e in chat.encode_rows(rows[:1])] == [chat.encode_rows(rows)[0].input_ids.tolist()]
+    assert chat.prompt_ids(rows[0].messages[:1]) == chat.encode_rows(rows)[0].input_ids.tolist()[
+        :len(chat.prompt_ids(rows[0].messages[:1]))]
+
+
+def test_thoughts_reach_templates_by_either_name(byte_level: str, tmp_path: Path) -> None:
+    """gpt-oss' template reads `thinking`, which transformers fills from reasoning_content: served, but not trained."""
+    chat = with_source(byte_level, tmp_path, "{% for m in messages %}{% if m.thinking %}{{ '(' + m.thinking + ')' }}"
+                       "{% endif %}{{ m.content + eos_token }}{% endfor %}")
+    one = row(("user", "a"), ("assistant", "b"))
+    one.messages[1]["reasoning_content"] = "why"
+    assert "(why)b" in chat.tokenizer.decode(chat.encode_rows([one])[0].input_ids)
+    assert prove(chat, [one])["template_differs"] == 0
+
+
+def test_the_default_of_several_templates_is_taken(byte_level: str, tmp_path: Path) -> None:
+    """Hermes and Command R bring several templates, and were said to bring none."""
+    from transformers import AutoTokenizer
+
+    fast = AutoTokenizer.from_pretrained(byte_level)
+    source = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    for templates in ({"default": source, "rag": "x"}, {"rag": "x"}):
+        fast.chat_template = templates
+        fast.save_pretrained(tmp_path / "_".join(templates))
+    chat = load_chat(str(tmp_path / "default_rag"), "model")
+    assert chat.template == source and "others: rag" in chat.notes[0]
+    with pytest.raises(UserError, match="several chat templates, none of them called default"):
+        load_chat(str(tmp_path / "rag"), "model")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(byte_level: str, tmp_path: Path) -> None:
+    """Notepad's mark before every prompt, invisible on the screen."""
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", "utf-8-sig")
+    chat = load_chat(byte_level, str(tmp_path / "own.jinja"))
+    assert "\ufeff" not in chat.template
+
+
+def test_a_described_sentencepiece_model_is_loaded_as_described(spm_bpe: str, tmp_path: Path) -> None:
+    """tokenizer_config.json beside a bare .model: its chat template and its tokens were not read."""
+    (tmp_path / "tokenizer.model").write_bytes(Path(spm_bpe).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "chat_template": "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"}))
+    chat = load_chat(str(tmp_path), "model")
+    assert chat.native is None
+    assert prove(chat, [row(("user", "the cat"), ("assistant", "a dog"))])["template_differs"] == 0
 
 
 def test_generation_blocks_decide_what_is_trained(byte_level: str, tmp_path: Path) -> None:

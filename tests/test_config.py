@@ -268,6 +268,8 @@ def test_stages_are_structured_and_strict(write):
     assert config.all_dataset_paths() == [f"{folder}/a.jsonl", f"{folder}/b.jsonl"]
     assert to_dict(sft("--config_path", write(to_dict(config), "run.json"), needed=False)) == to_dict(config)
     assert "names data sets as well" in refusal("--config_path", path)
+    both = write({"model_path": "m", "stages": stages, "dataset_weights": [1, 2]}, "both.json")
+    assert "dataset_weights: it has no effect: the stages say it" in refusal("--config_path", both, needed=False)
     stages[0]["epoch"] = 1
     stages[1]["datasets"][0]["wieght"] = 2
     del stages[1]["datasets"][1]["path"]

@@ -497,6 +497,25 @@ def test_alone_gen_only_takes_the_newest_finished_run(run: Path, capsys: pytest.
     assert not (run / "eval" / "eval_results.json").exists()
 
 
+def test_gen_only_takes_questions_without_answers(run: Path, tmp_path: Path) -> None:
+    """Guards against a file of one's own questions refused, and an answer that is there lost."""
+    asked = [{"prompt": "who sees the cat", "response": "the dog"}, {"prompt": "who sees the bird"},
+             {"messages": [{"role": "user", "content": "what is a stone"}]}, {"prompt": "is it ?", "response": "?"},
+             {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello you"}]},
+             {"instruction": "one two", "output": None}, {"text": "the old house sees the river and the tree"}]
+    rows = write_rows(tmp_path / "asked.jsonl", asked)
+    argv = ["--dataset_paths", str(rows), "--gen_only", "--num_gen_samples", "9", "--max_new_tokens", "3"]
+    assert evaluate(run, *argv, "--output_dir", str(tmp_path / "out")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "gen_samples.jsonl").read_text().splitlines()]
+    assert [line["reference"] for line in lines[:6]] == ["the dog", None, None, "?", "hello you", None]
+    assert len(lines) == 7 and all(line["prediction"] is not None for line in lines)
+
+    (tmp_path / "asked.csv").write_text("prompt\nwho sees the cat\nwhat is a tree\n")
+    argv[1] = str(tmp_path / "asked.csv")
+    assert evaluate(run, *argv, "--output_dir", str(tmp_path / "out")) == 0
+    assert len((tmp_path / "out" / "gen_samples.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_run_is_measured_beside_the_raw_tokenizer(run: Path, spm_unigram: str, tmp_path: Path, merged: bool,
                                                     capsys: pytest.CaptureFixture) -> None:

@@ -233,6 +233,17 @@ def test_a_window_that_stands_in_the_mask_alone_is_not_lost() -> None:
     np.testing.assert_allclose(found, np.concatenate(reference_losses(model, EXAMPLES)), rtol=1e-4, atol=1e-4)
 
 
+def test_a_window_that_no_layer_has_is_not_missed() -> None:
+    """Bug: a Qwen2 whose layers are all below max_window_layers is refused packed attention for its sliding_window."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "qwen2", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_position_embeddings=64))
+    assert model.config.sliding_window == 8 and {*model.config.layer_types} == {"full_attention"}
+    loss_model = LossModel(model, "sdpa").eval()
+    choose_attention(loss_model, EXAMPLES, 0, "auto", packing=True)
+    assert loss_model.attention == PACKED
+
+
 @pytest.mark.parametrize("kind, changes, plain", [
     ("llama", {}, False), ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, False),
     ("cohere", {"logit_scale": 0.25}, True), ("gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}, True),
@@ -367,7 +378,7 @@ def test_on_a_gpu_all_that_attention_is_given_is_half(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     out, _ = packed_attention(torch.nn.Module(), query, key, value, None, cu_seq_lens_q=torch.tensor([0, 3]))
     assert seen == [torch.bfloat16] * 3 and out.dtype == torch.float32
-    assert head._to_shares(torch.zeros(0, 5).as_subclass(OnGpu), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert head._to_gradient(torch.zeros(0, 5).as_subclass(OnGpu), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
 def test_a_model_with_dropout_in_attention_is_known() -> None:

@@ -82,6 +82,17 @@ def test_a_published_file_is_not_replaced_by_its_rows(tmp_path: Path) -> None:
     assert raw.read_bytes() == before and list(tmp_path.iterdir()) == [raw]
 
 
+def test_logs_are_not_replaced_by_their_rows(tmp_path: Path) -> None:
+    """Guards against the only copy of one's own logs that is overwritten by what was left of them."""
+    raw = tmp_path / "openai.jsonl"
+    raw.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant",
+                                                                               "content": "Hello"}]}) + "\n")
+    before = raw.read_bytes()
+    words = ("--dataset", "openai", "--raw_dir", tmp_path, "--output_dir", tmp_path)
+    refused(run_script("prepare_sft_datasets", *words), "it is read here")
+    assert raw.read_bytes() == before and list(tmp_path.iterdir()) == [raw]
+
+
 def test_a_directory_of_other_things_is_not_replaced_by_a_model(place: Path, tmp_path: Path) -> None:
     """Guards against --overwrite_output_dir on one's own papers."""
     (tmp_path / "papers" / "sub").mkdir(parents=True)

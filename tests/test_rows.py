@@ -580,3 +580,41 @@ def test_parquet_text_that_is_not_utf8_is_a_finding_of_its_row(tmp_path):
     rows, reader = read(path, skip_bad_rows=True)
     assert [row.line for row in rows] == [1, 3]
     assert reader.bad[0].startswith(f"{path}:2: not UTF-8 (byte 0xe9")
+
+
+def test_descriptions_of_tools_are_objects(tmp_path):
+    """Guards against names of tools that end in a traceback, and JSON texts that templates write in quotes twice."""
+    row = {"prompt": "Hi", "response": "Hello"}
+    tool = {"type": "function", "function": {"name": "look"}}
+    rows, _ = read(write(tmp_path, json.dumps({**row, "tools": [json.dumps(tool)]}) + "\n"))
+    assert rows[0].tools == [tool]
+    for tools, kind in ((["search"], "a text"), ([None], "null")):
+        with pytest.raises(UserError, match=f"entry that is {kind}"):
+            read(write(tmp_path, json.dumps({**row, "tools": tools}) + "\n"))
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_a_thought_by_any_name(tmp_path, name):
+    """Guards against gpt-oss' data, whose thoughts are not learnt though transformers serves them."""
+    found = messages_of(tmp_path, {"messages": [{"role": "user", "content": "Hi", name: None},
+                                                {"role": "assistant", "content": "Hello", name: "why"}]})
+    assert found == [ROW[0], {**ROW[1], "reasoning_content": "why"}]
+
+
+def test_half_a_character_in_json_inside_of_json(tmp_path):
+    """Guards against a traceback of the encoder for what a model wrote into a call."""
+    call = {"function": {"name": "f", "arguments": '{"e": "\\ud83d"}'}}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    found = messages_of(tmp_path, {"messages": turns})
+    assert found[1]["tool_calls"][0]["function"]["arguments"] == '{"e": "\\ud83d"}'  # as it was written: a text
+    json.dumps(found, ensure_ascii=False).encode()
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        read(write(tmp_path, 'messages\n"[{""role"": ""user"", ""content"": ""\\ud83d""}]"\n', "x.csv"))
+
+
+def test_lists_of_messages_in_csv(tmp_path):
+    """Guards against JSON that is learnt as an answer: --csv writes such cells."""
+    cells = [json.dumps([{"role": "user", "content": "Hi"}]), json.dumps([{"role": "assistant", "content": "Hello"}])]
+    quoted = ",".join('"' + cell.replace('"', '""') + '"' for cell in cells)
+    rows, _ = read(write(tmp_path, f"prompt,response\n{quoted}\nHi,[1]\n", "x.csv"))
+    assert rows[0].messages == ROW and rows[1].messages[1]["content"] == "[1]"

@@ -268,6 +268,13 @@ def refused(ran: Ran, *words: str) -> None:
         assert word in ran.err, ran.err
 
 
+def test_dry_run_refuses_what_the_run_would(start, tmp_path):
+    """Guards against a rehearsal that passes where the run is refused once its weights are fetched."""
+    refused(start("--dry_run", lora_target_modules=["q_prj"]), "q_prj", "q_proj")
+    assert " M trained (LoRA)" in start("--dry_run").ok().out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("more, flags, words", [
     (["--lora_rnk", "8"], {}, ["--lora_rnk", "--lora_r"]),
     (["--dataset_weight", "1"], {}, ["--dataset_weights"]),

@@ -191,8 +191,10 @@ def _samples(samples: list[dict]) -> str:
 
 def _loading(config: dict, place: Path, tokenizer: str, merged: dict | None) -> str:
     """How to use it in Python and in the terminal."""
-    library, cls = ("peft", "AutoPeftModelForCausalLM") if config["use_lora"] else (
-        "transformers", "AutoModelForCausalLM")
+    library, cls, more, stops = "transformers", "AutoModelForCausalLM", "", ""
+    if config["use_lora"]:  # PEFT takes the base's generation_config, which may not know where the template ends
+        library, cls, more = "peft", "AutoPeftModelForCausalLM", ", GenerationConfig"
+        stops = "\nmodel.generation_config = GenerationConfig.from_pretrained(place)"
     beside = [] if merged is None else [merged_sentence(merged["saved"])]
     if (place / "base" / "config.json").exists():
         beside.append("`base/` is the base with embeddings for the added tokens. `adapter_config.json` names its place "
@@ -201,10 +203,10 @@ def _loading(config: dict, place: Path, tokenizer: str, merged: dict | None) -> 
 
 ```python
 from {library} import {cls}
-from transformers import {tokenizer}
+from transformers import {tokenizer}{more}
 
 place = "{place.name}"  # this directory
-model = {cls}.from_pretrained(place)
+model = {cls}.from_pretrained(place){stops}
 tokenizer = {tokenizer}.from_pretrained(place)
 turns = [{{"role": "user", "content": "Hello"}}]
 ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -9,14 +9,15 @@ the beginning of the answer in one token, the two are encoded apart and counted 
 """
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 TEMPLATE_DIR = Path(__file__).resolve().parents[2] / "config" / "templates"
 BUILT_IN = ("chatml", "instruct", "chat", "raw")
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
-FORMAT = 3  # part of every cache key: raise it when the ids or masks of any template change
+FORMAT = 4  # part of every cache key: raise it when the ids or masks of any template change
 
 
 @dataclass(slots=True)
@@ -74,7 +75,8 @@ class Chat:
         special = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._controls = {t.content: i for i, t in special.items()} | {
             t: tokenizer.convert_tokens_to_ids(t) for t in tokenizer.all_special_tokens}
-        self._layouts = Layouts(self._encode_texts, {i for i, t in special.items() if t.lstrip},
+        self._inner = None if self.native else _inside_of_texts(tokenizer)
+        self._layouts = Layouts(self._encode_inside, {i for i, t in special.items() if t.lstrip},
                                 {i for i, t in special.items() if t.rstrip}, self.train_on_prompt)
         never = set(self._controls.values())
         if tokenizer.unk_token_id not in (self.eos_id, self.bos_id):
@@ -126,8 +128,7 @@ class Chat:
 
         Raise UserError where the template cannot follow a row, or the tokenizer reads a control token in a text.
         """
-        return self._encode([self._text_layout(row.text) if row.messages is None else
-                             self._layout(row.messages, row.tools, self._trained_turns(row.messages)) for row in rows])
+        return self._encode([self._row_layout(row) for row in rows])
 
     def prompt_ids(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """Ids of the conversation so far and the generation prompt: what the model sees before it answers."""
@@ -154,8 +155,7 @@ class Chat:
 
         Signs that a control token stands for are shown as the template file calls them.
         """
-        layout = self._text_layout(row.text) if row.messages is None else \
-            self._layout(row.messages, row.tools, self._trained_turns(row.messages))
+        layout = self._row_layout(row)
         items = [part for item in layout for part in (item.items if type(item) is Fixed else [item])]
         if items and isinstance(items[0], tuple) and items[0][0] == self.bos_id:
             items = items[1:]
@@ -173,9 +173,11 @@ class Chat:
 
     # -- a row before it is encoded
 
-    def _text_layout(self, text: str) -> Layout:
+    def _row_layout(self, row: Row) -> Layout:
+        if row.messages is not None:
+            return self._layout(row.messages, row.tools, self._trained_turns(row.messages))
         begin, end = self._around_text
-        return [*begin, [(text, True, True)], end]
+        return [*begin, [(row.text, True, True)], end]
 
     @cached_property
     def _around_text(self) -> tuple[Layout, Fixed]:
@@ -187,7 +189,11 @@ class Chat:
         structure, contents = self._template.follow(messages, tools, generation_prompt)
         if len(structure.shows) < len(messages) or structure.hides_calls:
             self._count_left_out(messages, structure)
-        return self._layouts.of(structure, contents, trained)
+        layout = self._layouts.of(structure, contents, trained)
+        if self._inner is not None and type(layout[0]) is Fixed and type(layout[0].items[0]) is list:
+            run, *rest = layout[0].items  # it begins the text: `_encode` does it
+            return [run, *([self._layouts.fixed(rest)] if rest else []), *layout[1:]]
+        return layout
 
     def _count_left_out(self, messages: list[dict], structure: Structure) -> None:
         """What of the messages the template does not put in. Raise UserError if nothing of an answer is left: it would
@@ -207,9 +213,10 @@ class Chat:
         """Encode all runs of all rows in one call of the tokenizer, then put the rows together."""
         runs = [boundary_texts(item, self._space_joins) for layout in layouts for item in layout
                 if type(item) is not Fixed]
-        texts = list(dict.fromkeys(chain.from_iterable(runs)))
-        ids_of = dict(zip(texts, self._encode_texts(texts)))
-        parts = iter([cut_at(ids_of[own[0]], [ids_of[text] for text in own[1:]]) or self._apart(*own) for own in runs])
+        ids_of = _looked_up(runs, self._encode_inside)
+        tables = repeat(ids_of) if self._inner is None else self._tables(layouts, runs, ids_of)
+        parts = iter([cut_at(ids[own[0]], [ids[text] for text in own[1:]]) or self._apart(*own)
+                      for own, ids in zip(runs, tables)])
         ids: list[bytes] = []
         trained: list[bytes] = []
         ends = [0]
@@ -230,18 +237,30 @@ class Chat:
         learnt[[start for start, end in zip(bounds, bounds[1:]) if end > start]] = False
         return [Encoded(flat[start:end], learnt[start:end]) for start, end in zip(bounds, bounds[1:])]
 
+    def _tables(self, layouts: list[Layout], runs: list[list[str]], inside: dict[str, bytes]) -> list[dict[str, bytes]]:
+        """Where to look up the ids of each run: what begins a text has others than what stands inside of one."""
+        plain = self._around_text[1]
+        begins = [i == 0 or layout[-1] is plain for layout in layouts for i, item in enumerate(layout)
+                  if type(item) is not Fixed]
+        first = _looked_up([own for own, begun in zip(runs, begins) if begun], self._encode_texts)
+        return [first if begun else inside for begun in begins]
+
     def _apart(self, text: str, *before: str) -> list[bytes]:
         """The parts of a run encoded each by itself, where a token would reach over the beginning or end of an answer.
         before: what precedes each of them."""
         self.encoded_apart += 1
         cuts = [0, *map(len, before), len(text)]
-        return self._encode_texts([text[a:b] for a, b in zip(cuts, cuts[1:])])
+        return self._encode_inside([text[a:b] for a, b in zip(cuts, cuts[1:])])
 
-    def _encode_texts(self, texts: list[str]) -> list[bytes]:
+    def _encode_inside(self, texts: list[str]) -> list[bytes]:
+        """`_encode_texts` of what does not begin a text."""
+        return self._encode_texts(texts, self._inner)
+
+    def _encode_texts(self, texts: list[str], inner: PreTrainedTokenizerFast | None = None) -> list[bytes]:
         """Plain texts -> int32 ids of each side by side, none of them a control id."""
         if self.native is not None:  # cannot emit a control id, whatever the text
             return self.native.encode_bytes(texts)
-        found = self._words.encode(texts) if self._words else self._encode_whole(texts)
+        found = self._words.encode(texts) if self._words else self._encode_whole(texts, inner)
         # Unigram tokenizers without a piece for "<" read </s> in a text as the token, whatever they are asked.
         if self._controls_in(b"".join(found)).size:
             text, controls = next((t, c) for t, c in zip(texts, map(self._controls_in, found)) if c.size)
@@ -259,11 +278,12 @@ class Chat:
     def _words(self) -> Words | None:
         return of_fast(self.tokenizer, self._encode_whole)
 
-    def _encode_whole(self, texts: list[str]) -> list[bytes]:
+    def _encode_whole(self, texts: list[str], inner: PreTrainedTokenizerFast | None = None) -> list[bytes]:
         if not texts:
             return []
-        found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
-                               return_token_type_ids=False, verbose=False)["input_ids"]
+        tokenizer = inner or self.tokenizer
+        found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+                          return_token_type_ids=False, verbose=False)["input_ids"]
         return [np.array(ids, dtype=np.int32).tobytes() for ids in found]
 
     # -- text and files
@@ -299,6 +319,28 @@ class Chat:
         self.tokenizer.save_pretrained(str(directory))
 
 
+def _looked_up(runs: list[list[str]], encode: Callable[[list[str]], list[bytes]]) -> dict[str, bytes]:
+    texts = list(dict.fromkeys(chain.from_iterable(runs)))
+    return dict(zip(texts, encode(texts)))
+
+
+def _inside_of_texts(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast | None:
+    """For a tokenizer that puts a ▁ before the beginning of a whole text alone (Mistral v0.3, Llama 2 as transformers 5
+    saves it): the same one without, for what stands behind a control token. Others need none."""
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer is not None else {}
+    metaspaces = [part for part in (state, *state.get("pretokenizers", ())) if part.get("prepend_scheme") == "first"]
+    if not metaspaces:
+        return None
+    from tokenizers import Tokenizer
+
+    for part in metaspaces:
+        part["prepend_scheme"] = "never"
+    inner = copy.deepcopy(tokenizer)
+    inner._tokenizer = Tokenizer.from_str(json.dumps({**json.loads(backend.to_str()), "pre_tokenizer": state}))
+    return inner
+
+
 def _around(text: str, token: str) -> str:
     at = max(0, text.find(token))
     return text[max(0, at - 30):at + 30]
@@ -310,7 +352,8 @@ def load_tokenizer(path: str) -> tuple[PreTrainedTokenizerFast, SentencePiece | 
 
     path = local_model(path, weights=False)
     place = Path(path)
-    if place.is_dir() and not (place / "tokenizer.json").exists() and not (place / "vocab.json").exists():
+    described = any((place / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+    if place.is_dir() and not described:
         models = sorted(place.glob("*.model"))
         if not models:
             raise UserError(f"{path}: no tokenizer in this directory (tokenizer.json or *.model). "
@@ -360,13 +403,24 @@ def load_chat(tokenizer_path: str, template: str = "chatml", *, system_prompt: s
     else:
         added = _add_special(tokenizer, CHATML_TOKENS) if template == "chatml" else []
         source = _template_source(template, tokenizer, tokenizer_path, adds_bos)
-    own = tokenizer.chat_template
-    replaces = isinstance(own, str) and not own.endswith(source)  # (a run's own may have a system prompt before it)
+    own = own_template(tokenizer)
+    replaces = own is not None and not own.endswith(source)  # (a run's own may have a system prompt before it)
+    if template == "model" and isinstance(tokenizer.chat_template, dict) and len(tokenizer.chat_template) > 1:
+        others = ", ".join(name for name in tokenizer.chat_template if name != "default")
+        notes.append(f"template: {tokenizer_path} brings several; the one called default is taken (others: {others}; "
+                     "--prompt_template FILE.jinja takes one)")
     if system_prompt is not None:
         turn = json.dumps(system_prompt, ensure_ascii=False)
         source = ("{%- if not messages or messages[0].role != 'system' -%}\n{%- set messages = "
                   f"[{{'role': 'system', 'content': {turn}}}] + messages -%}}\n{{%- endif -%}}\n") + source
     return Chat(tokenizer, template, source, native, assistant_turns, train_on_prompt, added, adds_bos, notes, replaces)
+
+
+def own_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The chat template that a tokenizer brings; of several the one called default, which transformers takes too."""
+    found = tokenizer.chat_template
+    found = found.get("default") if isinstance(found, dict) else found
+    return found if isinstance(found, str) else None
 
 
 def _add_special(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[str]:
@@ -399,13 +453,15 @@ def _with_bos(source: str, adds_bos: bool) -> str:
 
 def _template_source(template: str, tokenizer: PreTrainedTokenizerFast, tokenizer_path: str, adds_bos: bool) -> str:
     if template == "model":
-        if not isinstance(tokenizer.chat_template, str):
-            raise UserError(f"{tokenizer_path}: the tokenizer brings no chat template. "
+        if (own := own_template(tokenizer)) is None:
+            brings = ("several chat templates, none of them called default" if isinstance(tokenizer.chat_template, dict)
+                      else "no chat template")
+            raise UserError(f"{tokenizer_path}: the tokenizer brings {brings}. "
                             f"Use --prompt_template {'|'.join(BUILT_IN)} or a .jinja or .yaml file.")
-        return tokenizer.chat_template
+        return own
     if template.endswith(".jinja"):
         try:
-            return Path(template).read_text(encoding="utf-8")
+            return Path(template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as fault:
             raise UserError(f"{template}: {getattr(fault, 'strerror', None) or fault}. --prompt_template takes "
                             f"{', '.join(BUILT_IN)}, model, or a .jinja or .yaml file.") from None

@@ -21,6 +21,8 @@ def _data_problems(c: SftConfig) -> list[str]:
     found, weights = [], c.dataset_weights
     if not c.dataset_paths and not c.stages:
         found.append("--dataset_paths: it is missing. Name the files to learn from, or stages in a config file.")
+    if weights and c.stages:
+        found.append(f"{place(c, 'dataset_weights')}: it has no effect: the stages say it. Set it in their list.")
     if c.dataset_paths and c.stages is not None:
         found.append(f"{place(c, 'dataset_paths')}: {place(c, 'stages')} names data sets as well. Keep one of them.")
     if isinstance(weights, list) and c.dataset_paths:
@@ -156,7 +158,7 @@ def _without_effect(c: SftConfig) -> list[str]:
         (("min_lr_ratio",), falling, f"{c.lr_scheduler_type} does not fall. Use cosine or linear"),
         (("pad_to_multiple_of",), not c.packing, "packed rows are not padded. Add --no_packing"),
         (("weight_unit",), bool(c.dataset_weights or c.stages), "there are no weights. Add --dataset_weights"),
-        (("dataset_weights", "num_train_epochs"), not c.stages, "the stages say it. Set it in their list"),
+        (("num_train_epochs",), not c.stages, "the stages say it. Set it in their list"),
         (("num_train_epochs",), bool(c.stages) or c.max_steps < 0, "max_steps says how long. Leave one of them out"),
         (("reset_optimizer_per_stage",), bool(c.stages), "there are no stages. Put them into a config file"),
         (("num_gen_samples", "max_new_tokens"), c.do_gen_test, "nothing is generated. Add --do_gen_test"),

@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from common.data import fit
 from common.faults import NotFinite
 from common.generate import Generated, context_limit, fitting_threads, generate
 from common.loss import LossModel, make_batch
-from common.model import stop_ids_of
+from common.model import rope_limit, stop_ids_of
 from common.probe import choose_attention
 from common.rows import Row
 from common.scores import (
@@ -209,8 +209,7 @@ def score(model: nn.Module, examples: list[Encoded], pad_id: int, batch_size: in
     progress = bar("loss", len(own))
     with fitting_threads(model):
         choose_attention(loss_model, [examples[i] for i in order[-2:]], pad_id, "auto", packing=False)
-        for start in range(0, len(own), batch_size):
-            chosen = own[start:start + batch_size]
+        for chosen in passes(own, [len(e.input_ids) for e in examples], batch_size, rope_limit(model.config)):
             batch = make_batch([[examples[i]] for i in chosen], pad_id).to(next(model.parameters()).device)
             loss, hit = (x.cpu().numpy() for x in loss_model.token_losses(batch))
             if not np.isfinite(loss).all():
@@ -221,6 +220,14 @@ def score(model: nn.Module, examples: list[Encoded], pad_id: int, batch_size: in
             progress(len(chosen))
     found = team.together(found)
     return [found[i][0] for i in range(len(examples))], [found[i][1] for i in range(len(examples))]
+
+
+def passes(order: list[int], lengths: list[int], batch_size: int, longest: int | None) -> Iterator[list[int]]:
+    """Indices in portions of `batch_size`; what is of more tokens than `longest` by itself."""
+    alone = [i for i in order if longest is not None and lengths[i] > longest]
+    rest = [i for i in order if longest is None or lengths[i] <= longest]
+    yield from ([i] for i in alone)
+    yield from (rest[start:start + batch_size] for start in range(0, len(rest), batch_size))
 
 
 def answer(model: nn.Module, chat: Chat, cases: list[Case], options: Options, *, plain: bool = False,

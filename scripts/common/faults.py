@@ -48,6 +48,15 @@ class SaidElsewhere(Exception):
         self.status = status
 
 
+def memory_fault(fault: BaseException | None) -> BaseException | None:
+    """A UserError in place of torch's words for memory that does not suffice; any other fault as it is."""
+    if type(fault).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(fault):
+        return fault
+    return UserError(f"the memory does not suffice ({str(fault).strip().partition(chr(10))[0]:.160}). Make a pass "
+                     "smaller with --per_device_train_batch_size (06: --per_device_eval_batch_size) or "
+                     "--max_seq_length, or train with --gradient_checkpointing, which a resumed run may add.")
+
+
 def say(*lines: str) -> None:
     """Print lines at once. Whoever reads may leave (`… | head`): the work goes on, unread."""
     try:
@@ -86,6 +95,9 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
     except Exception as fault:
         from common.checkpoint import no_space
 
+        if isinstance(short := memory_fault(fault), UserError):
+            print(f"error: {short}", file=sys.stderr)
+            return short.status
         if not (found := no_space(fault)):  # a full disk by a library's own name
             raise
         print(f"disk or I/O error: {os.strerror(found)} ({fault})", file=sys.stderr)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from common.attention import causal_lm_of, set_ordinary_attention
 from common.faults import NotFinite, UserError
+from common.model import rope_limit
 
 # Parameters, and parameters times tokens of a forward pass: what is below both does not pay for waking a second thread
 # (3 x 128, 32 rows, two busy cores write 8,500 tokens a second with one thread and 500 with two).
@@ -87,7 +88,7 @@ def generate(model: nn.Module, prompts: list[list[int]], *, max_new_tokens: int 
     model.eval()
     try:
         with ordinary_attention(causal_lm), fitting_threads(causal_lm):
-            for rows in _batches(prompts, room, batch_size, max_batch_tokens, same_length):
+            for rows in _batches(prompts, room, batch_size, max_batch_tokens, same_length, rope_limit(model.config)):
                 _answer(causal_lm, prompts, room, rows, answers, how, report)
     finally:
         model.train(was_training)
@@ -173,6 +174,15 @@ def _cache(causal_lm: nn.Module) -> DynamicCache:
     return cache
 
 
+def _keep_rows(cache: DynamicCache, index: torch.Tensor) -> None:
+    """Go on with these rows of the batch alone."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):  # states have no other method; keys go too
+            layer.reorder_cache(index)
+        else:
+            layer.batch_select_indices(index)
+
+
 def _is_recurrent(causal_lm: nn.Module) -> bool:
     """Whether padding would pass through a state (Mamba and its like): then only equal lengths share a batch."""
     kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None) or []
@@ -180,10 +190,14 @@ def _is_recurrent(causal_lm: nn.Module) -> bool:
 
 
 def _batches(prompts: list[list[int]], room: list[int], batch_size: int, max_batch_tokens: int,
-             same_length: bool = False) -> Iterator[list[int]]:
-    """Indices of prompts for each batch, long prompts first, so that what does not fit in memory shows at once."""
+             same_length: bool = False, longest: int | None = None) -> Iterator[list[int]]:
+    """Indices of prompts for each batch, long prompts first, so that what does not fit in memory shows at once. What
+    may come to more tokens than `longest` has a batch of its own."""
     batch: list[int] = []
     for i in sorted((i for i, r in enumerate(room) if r), key=lambda i: -len(prompts[i])):
+        if longest is not None and len(prompts[i]) + room[i] > longest:
+            yield [i]
+            continue
         if batch:
             widest = len(prompts[batch[0]]) + max(room[i], max(room[j] for j in batch))
             full = len(batch) == batch_size or (len(batch) + 1) * widest > max_batch_tokens
@@ -234,7 +248,7 @@ def _answer(causal_lm: nn.Module, prompts: list[list[int]], room: list[int], row
             draws = None if draws is None else draws[keep]
             index = torch.tensor(keep, device=device)
             chosen, mask, positions = chosen[index], mask[index], positions[index]
-            cache.batch_select_indices(index)
+            _keep_rows(cache, index)
         ids, positions = chosen[:, None], positions[:, -1:] + 1
 
 

@@ -3,6 +3,7 @@ the last. All of it loads with plain `transformers` and `peft`."""
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from common.checkpoint import atomic_json, atomic_write, flush, verify
 from common.faults import UserError
 from common.loss import LossModel
 from common.material import Material
-from common.model import load_model, merge_and_save, sample_prompts, saved_dtype
+from common.model import load_model, merge_and_save, sample_prompts, saved_dtype, use_cores
 from common.push import push
 from common.rows import RowReader
 from common.run import Run, read_weights, write_model
@@ -35,7 +36,8 @@ def leave_plan(run: Run, described: dict, material: Material) -> None:
     # free settings may have changed
     atomic_json(run.directory / "run.json", {**described, **begun, "config": described["config"]})
     atomic_json(run.directory / "plan.json", {**material.plan.summary(), "notes": material.split.notes,
-                                              "data": {d.name: d.meta for d in material.datasets}})
+                                              "data": {d.name: d.meta for d in material.datasets},
+                                              "validation_data": {d.name: d.meta for d in material.brought}})
     options = {"skip_bad_rows": run.config.skip_bad_rows, "role_map": material.datasets[0].meta["key"]["role_map"]}
     for name, datasets, sides in (("val", material.val_datasets, material.held_out),
                                   ("test", material.datasets, material.split.test)):
@@ -71,11 +73,10 @@ def export_rendered(path: str, material: Material, chat: Chat) -> str:
     trained: pairs of character offsets in chat; what lies between them is learnt.
     """
     counts = 0
-    brought = [] if material.val_datasets is material.datasets else material.val_datasets
 
     def lines() -> Iterator[dict]:
         nonlocal counts
-        for d in [*material.datasets, *brought]:
+        for d in [*material.datasets, *material.brought]:
             kept, key = np.unique(d.lines), d.meta["key"]
             for row in RowReader(d.path, skip_bad_rows=key["skip_bad_rows"], role_map=key["role_map"]):
                 place = np.searchsorted(kept, row.line)
@@ -103,6 +104,7 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
     run.accelerator.wait_for_everyone()
     if not run.main:
         return
+    use_cores(1, beside_gpu=True)  # the others are done, and what follows is done on the CPU
     if sharded:
         run.loss_model, run.wrapped, run.optimizer = whole_model(run), None, None
     if sharded or earlier:
@@ -145,6 +147,9 @@ def _forget_model(run: Run) -> None:
     """Free the memory that training needed."""
     run.loss_model, run.wrapped, run.optimizer = None, None, None
     run.accelerator.free_memory()
+    gc.collect()  # accelerate collects before it lets go of the model, whose wrapped forward refers to it
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def push_model(run: Run, again: str) -> None:

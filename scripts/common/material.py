@@ -36,6 +36,11 @@ class Material:
         return [self.datasets[s].place(int(self.split.train[s][e])) for row in rows for s, e in row]
 
     @property
+    def brought(self) -> list[Dataset]:
+        """The data sets of --val_dataset_paths."""
+        return [] if self.val_datasets is self.datasets else self.val_datasets
+
+    @property
     def val_count(self) -> int:
         return sum(map(len, self.val))
 

@@ -9,7 +9,8 @@ from common.faults import UserError
 from common.records import Bad, kind_of, parse
 
 READ_OF_MESSAGE = {"role", "content", "from", "value", "train", "training", "loss", "weight", "tool_calls",
-                   "function_call", "name", "tool_call_id", "speaker", "reasoning_content"}
+                   "function_call", "name", "tool_call_id", "speaker", "reasoning_content", "thinking", "reasoning"}
+THOUGHT = ("reasoning_content", "thinking", "reasoning")  # one thing, in the order in which transformers asks for it
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_MAP = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant",
             "bing": "assistant", "bard": "assistant", "developer": "system", "function": "tool", "observation": "tool",
@@ -23,7 +24,8 @@ class MessageReader:
     role_map: further role names -> role, or (role, what the template calls the speaker). unread: is told the keys of a
     message that hold something and are not read.
     A message that was read is {"role": system|user|assistant|tool, "content": str}, assistant ones also "train": bool,
-    and where given tool_calls, name, tool_call_id, speaker (the template's name for the role), reasoning_content.
+    and where given tool_calls, name, tool_call_id, speaker (the template's name for the role), and reasoning_content,
+    by any of the names in THOUGHT.
     Raises UserError for a role map that names no role.
     """
 
@@ -109,9 +111,12 @@ class MessageReader:
             if not assistant:
                 raise Bad(f'"tool_calls" in {place}, whose role is {message["role"]}. Only the assistant calls tools.')
             message["tool_calls"] = calls
-        for key in ("name", "tool_call_id", "speaker", "reasoning_content"):
+        for key in ("name", "tool_call_id", "speaker"):
             if isinstance(value.get(key), str):
                 message[key] = value[key]
+        thought = next((value[key] for key in THOUGHT if isinstance(value.get(key), str)), None)
+        if thought is not None:
+            message["reasoning_content"] = thought
         if not value.keys() <= READ_OF_MESSAGE:
             self._unread([f"{key} of messages" for key in value
                           if key not in READ_OF_MESSAGE and value[key] not in NOTHING])
@@ -148,6 +153,10 @@ def tools_of(record: dict) -> list | None:
         return None
     if not isinstance(tools, list):
         raise Bad(f'"tools" is {kind_of(tools)}. It has to be a list of tool descriptions.')
+    tools = [parse(tool) if isinstance(tool, str) and tool.lstrip().startswith("{") else tool for tool in tools]
+    other = next((tool for tool in tools if not isinstance(tool, dict)), None)
+    if other is not None or None in tools:
+        raise Bad(f'"tools" has an entry that is {kind_of(other)}. Each has to be an object that describes a tool.')
     return tools
 
 

@@ -8,12 +8,14 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -22,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from common import attention
 from common.attention import causal_lm_of
 from common.chat import Chat, load_tokenizer
-from common.checkpoint import flush, put_in_place
+from common.checkpoint import flush, numbered, put_in_place
 from common.config import is_hub_name
 from common.faults import UserError
 from common.forked import cores
@@ -35,14 +37,15 @@ MERGE_TOLERANCE = 1e-5  # difference of merged and adapter logits in fp32, as a 
 SPARE_ROWS = 1024  # embeddings are padded to multiples of 64 to 512; more unused rows mean another tokenizer
 
 
-def use_cores(processes: int) -> list[str]:
-    """Undo the one thread that `accelerate launch` gives a process on CPU when nobody asked for a number.
+def use_cores(processes: int, beside_gpu: bool = False) -> list[str]:
+    """Undo the one thread that `accelerate launch` gives a process when nobody asked for a number, where it works on
+    the CPU, or at the moment does (beside_gpu).
 
     Returns a line for the log if it did. With several processes on this machine each gets its share of the cores.
     """
     threads = max(1, cores() // processes)
     untouched = os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_DYNAMO_BACKEND" in os.environ
-    if torch.cuda.is_available() or not untouched or threads == torch.get_num_threads():
+    if (torch.cuda.is_available() and not beside_gpu) or not untouched or threads == torch.get_num_threads():
         return []
     torch.set_num_threads(threads)
     return [f"threads: {threads} a process (the launcher's default is 1; --num_cpu_threads_per_process sets another)"]
@@ -84,6 +87,8 @@ def find_model(path: str) -> Place:
         if (place / "shards").is_dir():
             raise UserError(f"{path}: a checkpoint in shards, which only 03_sft.py reads (--resume_from_checkpoint). "
                             f"The finished model is in {place.parent}.")
+        if not (place / "config.json").exists() and (place / "run.json").exists() and (there := numbered(place)):
+            raise UserError(f"{path}: the run is not finished, but {there[-1]} can be used.")
         if not (place / "config.json").exists():
             raise UserError(f"{path}: no model in this directory (config.json is missing). Give the directory that "
                             "scripts/02_pretrain.py or save_pretrained wrote, or a Hub id.")
@@ -135,7 +140,21 @@ def load_model(path: str, *, dtype: torch.dtype | str = torch.float32, trainable
         return model
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, place.adapter, is_trainable=trainable_adapter)
+    if (rows := rows_of_adapter(place.adapter)) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # all of them are the adapter's
+    return _loaded(place.adapter, lambda: PeftModel.from_pretrained(model, place.adapter,
+                                                                    is_trainable=trainable_adapter))
+
+
+def rows_of_adapter(adapter: str | None) -> int:
+    """Rows of the embeddings that an adapter brings whole, as TRL and Axolotl save it where they resized them; or 0."""
+    file = Path(adapter or "") / "adapter_model.safetensors"
+    if adapter is None or not file.is_file():
+        return 0
+    with safe_open(str(file), "pt") as tensors:
+        return max((tensors.get_slice(name).get_shape()[0] for name in tensors.keys()
+                    if re.search(r"(embed\w*|wte|lm_head)\.(modules_to_save\.\w+\.)?weight$", name)
+                    and "lora_" not in name), default=0)
 
 
 def _four_bits() -> object:
@@ -151,8 +170,12 @@ def _four_bits() -> object:
 
 
 def _from_pretrained(cls: type, path: str, **options: object) -> object:
+    return _loaded(path, lambda: cls.from_pretrained(path, trust_remote_code=False, **options))
+
+
+def _loaded(path: str, load: Callable[[], object]) -> object:
     try:
-        return cls.from_pretrained(path, trust_remote_code=False, **options)
+        return load()
     except Exception as fault:  # the library raises OSError, ValueError, KeyError, safetensors and Hub errors alike
         reason = " ".join(str(fault).split())[:200]
         raise UserError(f"{path}: the model cannot be loaded ({type(fault).__name__}: {reason}). "
@@ -163,7 +186,7 @@ def check_vocabulary(config: object, chat: Chat, model_path: str) -> None:
     """Refuse a tokenizer of another model, before any weight is loaded; tokens that the model was given when it was
     trained are not new to it, so they leave `chat.added_tokens`."""
     known = len(chat.tokenizer) - len(chat.added_tokens)
-    rows = config.get_text_config().vocab_size
+    rows = max(config.get_text_config().vocab_size, rows_of_adapter(find_model(model_path).adapter))
     if known > rows:
         raise UserError(f"{model_path}: the model knows {rows:,} token ids, the tokenizer {known:,}: it belongs to "
                         "another model. Give the model's own tokenizer with --tokenizer_path.")
@@ -299,6 +322,18 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) ->
                             f"{' '.join(linear)}.") from None
         raise UserError(f"--lora_target_modules {' '.join(config.lora_target_modules)}: {reason:.200} "
                         f"This model has {', '.join(linear)}.") from None
+
+
+def planned_parameters(config: SftConfig, base: object, chat: Chat) -> tuple[int, int]:
+    """(all, trained) parameters of the model that training will make of this base, before any weight is fetched.
+
+    base: its configuration. Raises UserError for an adapter that does not fit it.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws the adapter's first weights
+        token_ids, _ = add_tokens(model, chat, config.seed)
+        return count_parameters(add_lora(model, config, token_ids) if config.use_lora else model)
 
 
 def _check_ends(targets: list[str], names: set[str], saved: set[str], tied: bool, new_tokens: bool) -> None:

@@ -111,8 +111,10 @@ def _prove(loss_model: LossModel, name: str, rows: list[list[Encoded]], referenc
 def _told_windows(model: nn.Module, name: str) -> Iterator[list[int | None] | None]:
     """For a model with a sliding window, and attention that is given no mask: what windows it is told instead. Examples
     of a proof are shorter than a window, so that their losses would not show one that is lost."""
-    known = AttentionInterface()
-    if name not in (PACKED, "flash_attention_2") or not getattr(model.config.get_text_config(), "sliding_window", None):
+    known, config = AttentionInterface(), model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["sliding"]
+    slides = getattr(config, "sliding_window", None) and any("sliding" in kind for kind in kinds)
+    if name not in (PACKED, "flash_attention_2") or not slides:
         yield None
         return
     real, told = known[name], []

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import islice
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from common.chat import Chat
 from common.faults import UserError
-from common.render import as_written
+from common.render import as_of_today, as_written
 from common.rows import Row, RowReader
 from common.spm import prove_equal
 
@@ -65,7 +66,7 @@ def _not_shown(chat: Chat, rows: list[Row], template: str) -> list[str]:
         lines.append(f"template: {unseen:,} of the first {len(rows):,} rows bring tools, which {template} does not "
                      "show: the model learns calls of what it is not told. Give a template that does")
     thoughts = sum(any("reasoning_content" in m for m in row.messages or []) for row in rows)
-    if thoughts and "reasoning_content" not in chat.template:
+    if thoughts and not re.search(r"\b(reasoning_content|thinking)\b", chat.template):
         lines.append(f"template: {thoughts:,} of the first {len(rows):,} rows bring reasoning_content, which "
                      f"{template} does not show: it is not learnt. Give a template that does")
     return lines
@@ -88,10 +89,11 @@ def prove(chat: Chat, rows: list[Row]) -> dict[str, int]:
     chat.tokenizer.chat_template = chat.template
     hostile = lambda row: chat.control_pattern.search(json.dumps([row.messages, row.tools], ensure_ascii=False))
     compared = [row for row in rows if row.messages is not None and not hostile(row)]
-    differ, apart = 0, chat.encoded_apart
+    differ, apart, saved = 0, chat.encoded_apart, as_of_today(chat.template)
     for row, encoded in zip(compared, chat.encode_rows(compared)):
         turns = as_written(row.messages)
-        served = chat.tokenizer.apply_chat_template(turns, tools=row.tools, tokenize=True)["input_ids"]
+        served = chat.tokenizer.apply_chat_template(turns, tools=row.tools, chat_template=saved,
+                                                    tokenize=True)["input_ids"]
         differ += list(served) != encoded.input_ids.tolist()
     return found | {"template_rows": len(compared), "template_differs": differ, "apart": chat.encoded_apart - apart}
 

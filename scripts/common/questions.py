@@ -7,10 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.chat import Chat
 from common.evaluate import BUILT_IN_PROMPTS, Case, few, is_short, make_case
 from common.faults import UserError
 from common.order import some_of
-from common.records import Bad, parse
+from common.records import SHOWN, Bad, parse
 from common.rows import FORMS, Row, RowReader
 from common.settings import dataset_name
 from common.subject import Subject
@@ -31,41 +32,63 @@ class EvalSet:
 
 
 class QuestionReader(RowReader):
-    """Rows of any form, mixed too, whose answer may be missing; one that is there is not read, a stand-in is."""
+    """Rows of any form, mixed too, whose answer may be missing: a stand-in takes its place.
 
-    def __init__(self, path: str, roles: Roles, *, skip_bad_rows: bool = False,
+    answers: whether one that is there is read; else it gets the stand-in too, and plain text asks nothing.
+    unanswered: after reading, `line` of the rows with a stand-in.
+    """
+
+    def __init__(self, path: str, roles: Roles, *, skip_bad_rows: bool = False, answers: bool = False,
                  look: Callable[[dict], None] = lambda record: None):
         """look: sees each object before; may change it, or raise Bad."""
         def edit(record: dict) -> None:
             look(record)
-            self._ask(record)
+            self._stood_in = self._ask(record)
 
         super().__init__(path, skip_bad_rows=skip_bad_rows, role_map=roles, edit=edit, mixed=True)
+        self.answers, self.unanswered = answers, set()
 
     def _check_columns(self, records: object) -> None:
         with suppress(UserError):  # the column of answers may be missing; a row that asks nothing is found below
             super()._check_columns(records)
 
-    def _ask(self, record: dict) -> None:
+    def _row(self, number: int, record: dict) -> Row | None:
+        row = super()._row(number, record)
+        if row is not None and self._stood_in:
+            self.unanswered.add(row.line)
+        return row
+
+    def _ask(self, record: dict) -> bool:
+        """Put the stand-in where it belongs; whether there is one."""
         form = next((f for f, keys in FORMS.items() if any(record.get(key) is not None for key in keys)), None)
-        turns = record.get(form)
-        if self._tabular and form in ("messages", "conversations") and isinstance(turns, str):
-            turns = parse(turns)
-        if form == "text":
+        if form == "text" and not self.answers:
             raise Bad("plain text asks nothing. Give prompt, or messages.")
-        if form in ("messages", "conversations") and isinstance(turns, list) and turns:
-            last = turns[-1] if isinstance(turns[-1], dict) else {}
-            names = ("from", "value") if "from" in last and "role" not in last else ("role", "content")
-            if self.message_reader.roles.get(str(last.get(names[0]))) == "assistant":
-                turns = turns[:-1]
-            if not turns:
-                raise Bad(f'"{form}" asks nothing before the answer. Give what the user says.')
-            record[form] = [*turns, {names[0]: "assistant" if names[0] == "role" else "gpt", names[1]: STAND_IN}]
-        elif form == "prompt":
-            record.pop("completion", None)
-            record["response"] = STAND_IN
-        elif form == "instruction":
-            record["output"] = STAND_IN
+        if form in ("messages", "conversations"):
+            return self._ask_messages(record, form)
+        keys = {"prompt": ("response", "completion"), "instruction": ("output",)}.get(form, ())
+        if not keys or self.answers and any(record.get(key) for key in keys):
+            return False
+        for key in keys[1:]:
+            record.pop(key, None)
+        record[keys[0]] = STAND_IN
+        return True
+
+    def _ask_messages(self, record: dict, form: str) -> bool:
+        turns = record[form]
+        if self._tabular and isinstance(turns, str):
+            turns = parse(turns)
+        if not (isinstance(turns, list) and turns):
+            return False
+        last = turns[-1] if isinstance(turns[-1], dict) else {}
+        names = ("from", "value") if "from" in last and "role" not in last else ("role", "content")
+        if self.message_reader.roles.get(str(last.get(names[0]))) == "assistant":
+            if self.answers:
+                return False
+            turns = turns[:-1]
+        if not turns:
+            raise Bad(f'"{form}" asks nothing before the answer. Give what the user says.')
+        record[form] = [*turns, {names[0]: "assistant" if names[0] == "role" else "gpt", names[1]: STAND_IN}]
+        return True
 
 
 def question(row: Row, name: str) -> Case:
@@ -74,18 +97,27 @@ def question(row: Row, name: str) -> Case:
 
 
 def read_sets(subject: Subject, paths: list[str], roles: Roles, most: int | None, seed: int, skip_bad_rows: bool,
-              say: Callable[[str], None]) -> list[EvalSet]:
-    """The rows of the files, else the run's validation rows; empty where it has none."""
+              say: Callable[[str], None], *, to_ask: bool = False) -> list[EvalSet]:
+    """The rows of the files, else the run's validation rows; empty where it has none. to_ask: a row without an answer
+    is a question."""
     if not paths and subject.run_dir and (subject.run_dir / "val.jsonl").exists():
         paths = [str(subject.run_dir / "val.jsonl")]
         say(f"rows: {paths[0]}, held out from training")
     sets: list[EvalSet] = []
     for path in paths:
         stem = dataset_name(path)
-        reader = RowReader(path, skip_bad_rows=skip_bad_rows, role_map=roles, mixed=stem in ("val", "test"))
         name = stem if stem not in [s.name for s in sets] else f"{stem}-{len(sets) + 1}"
-        sets.append(read_set(reader, name, make_case, most, seed, say))
+        if to_ask:
+            reader = QuestionReader(path, roles, skip_bad_rows=skip_bad_rows, answers=True)
+        else:
+            reader = RowReader(path, skip_bad_rows=skip_bad_rows, role_map=roles, mixed=stem in ("val", "test"))
+        sets.append(read_set(reader, name, _cases_of(reader), most, seed, say))
     return sets
+
+
+def _cases_of(reader: RowReader) -> Callable[[Row, str], Case]:
+    unanswered = reader.unanswered if isinstance(reader, QuestionReader) else ()
+    return lambda row, name: question(row, name) if row.line in unanswered else make_case(row, name)
 
 
 def read_set(reader: RowReader, name: str, to_case: Callable[[Row, str], Case], most: int | None, seed: int,
@@ -104,6 +136,43 @@ def read_set(reader: RowReader, name: str, to_case: Callable[[Row, str], Case], 
     gone += [f"{reader.n_bad:,} bad"] if reader.n_bad else []
     say(f"{path}: {reader.rows_in:,} rows, {len(rows):,} taken" + (f" (dropped: {'; '.join(gone)})" if gone else ""))
     return EvalSet(name, path, [to_case(row, row.source or name) for row in rows], counts | {"taken": len(rows)})
+
+
+def keep_renderable(sets: list[EvalSet], chat: Chat, skip_bad_rows: bool | None, say: Callable[[str], None]) -> None:
+    """Leave out the rows that the template refuses (a system turn, two turns of one role), or raise UserError.
+
+    skip_bad_rows: None where there is no choice.
+    """
+    for s in sets:
+        try:
+            _render(s.cases, chat)
+            continue
+        except UserError:
+            faults = {i: fault for i, case in enumerate(s.cases) if (fault := _fault_of(case, chat))}
+        findings = [f"{s.path}:{s.cases[i].row.line}: {fault}" for i, fault in faults.items()][:SHOWN]
+        finding = f"{s.path}: the template refuses {len(faults):,} of {len(s.cases):,} rows"
+        if not skip_bad_rows or len(faults) == len(s.cases):
+            more = f"\n… and {len(faults) - SHOWN:,} more" if len(faults) > SHOWN else ""
+            way = "Mend the file, or go on without them with --skip_bad_rows." if skip_bad_rows is False else \
+                "Mend the file, or take another --prompt_template."
+            raise UserError("\n".join(findings) + f"{more}\n{finding}. {way}")
+        say("\n".join([*findings, f"{finding}; they are left out"]))
+        s.cases = [case for i, case in enumerate(s.cases) if i not in faults]
+        s.counts |= {"bad": s.counts.get("bad", 0) + len(faults), "taken": len(s.cases)}
+
+
+def _render(cases: list[Case], chat: Chat) -> None:
+    chat.encode_rows([case.row for case in cases])
+    for case in cases:
+        if case.context:
+            chat.prompt_ids(case.context, case.row.tools)
+
+
+def _fault_of(case: Case, chat: Chat) -> UserError | None:
+    try:
+        return _render([case], chat)
+    except UserError as fault:
+        return fault
 
 
 def built_in() -> EvalSet:

@@ -259,6 +259,14 @@ def launcher_words() -> list[str]:
         return []
 
 
+def launchers_patience() -> list[str]:
+    """A line where a launcher kills its processes before a checkpoint may be written."""
+    known = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ
+    return [] if known else ["note: this launcher kills its processes 30 s after it is asked to stop. If a step and a "
+                             "checkpoint may take longer, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT (seconds) before it "
+                             "starts"]
+
+
 def processes_asked_for() -> int:
     """The number of processes that the `accelerate launch` above this one was asked for; 1 if nothing is known."""
     return asked_for(launcher_words(), sys.argv[0])

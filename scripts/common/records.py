@@ -71,6 +71,8 @@ def parse(text: str) -> object:
     try:
         value, end = _scan(text, 0)
         if end == len(text):
+            if "\\ud" in text or "\\uD" in text:
+                check_surrogates(value)
             return value
     except Bad:
         raise
@@ -430,7 +432,6 @@ def _finding(line: bytes, complete: bool) -> Bad:
         record = parse(line.decode())
         if not isinstance(record, dict):
             return _not_object(record)
-        check_surrogates(record)
     except UnicodeDecodeError as fault:
         finding, at_end = Bad(_not_utf8(fault)), fault.reason == "unexpected end of data"
     except Bad as fault:

@@ -258,7 +258,8 @@ def _shape(messages: list[dict], controls: re.Pattern, names: list[str], hold_em
         extras = {k: _protect(v, controls, names) for k, v in m.items() if k not in PLAIN_KEYS and v is not None}
         content = m["content"]
         held = content is not None and (hold_empty or content)
-        shape.append({"role": m["role"], "content": f"{OPEN}{i}{CLOSE}" if held else content, **extras})
+        shape.append({"role": m["role"], "content": f"{OPEN}{i}{CLOSE}" if held else content,
+                      **_with_thinking(extras)})
     return shape
 
 
@@ -311,7 +312,12 @@ def _follow(structure: Structure, truth: str, contents: list[str]) -> list[str] 
 
 def as_written(messages: list[dict]) -> list[dict]:
     """Messages as a template sees them: without "train", which is for us."""
-    return [{k: v for k, v in m.items() if k != "train"} for m in messages]
+    return [_with_thinking({k: v for k, v in m.items() if k != "train"}) for m in messages]
+
+
+def _with_thinking(message: dict) -> dict:
+    """A thought under its other name as well (gpt-oss' template reads that), as transformers does it."""
+    return {"thinking": message["reasoning_content"], **message} if "reasoning_content" in message else message
 
 
 def today() -> datetime:
@@ -323,6 +329,12 @@ def set_today(time: datetime) -> None:
     """Let templates be told this time: rows that are rendered on the next day are to be the same."""
     global _today
     _today = time
+
+
+def as_of_today(source: str) -> str:
+    """A template to which transformers would tell the present day, with `today()` in it instead."""
+    return re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", lambda found: json.dumps(today().strftime(found[2])),
+                  source)
 
 
 def _environment() -> object:

@@ -12,6 +12,7 @@ A row that cannot be used is a finding with file and line; an empty answer is dr
 """
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
@@ -285,6 +286,8 @@ class RowReader(Counts):
     def _prompt(self, record: dict) -> list[dict]:
         key = "response" if record.get("response") is not None or "completion" not in record else "completion"
         prompt, response = record.get("prompt"), record.get(key)
+        if self._tabular:
+            prompt, response = map(_messages_or_text, (prompt, response))
         if (type(prompt) is str and type(response) is str and "\0" not in prompt and "\0" not in response
                 and "history" not in record):
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response, "train": True}]
@@ -345,6 +348,18 @@ class RowReader(Counts):
 
     def _name(self, key: str) -> str:
         return self.columns.get(key, key)
+
+
+def _messages_or_text(cell: object) -> object:
+    """The cell of a CSV file; a list of messages, which is there as JSON text, as the list."""
+    if not isinstance(cell, str) or not re.match(r"\s*\[\s*\{", cell):
+        return cell
+    try:
+        found = parse(cell.strip())
+    except Bad:  # a text that begins so
+        return cell
+    messages = isinstance(found, list) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in found)
+    return found if messages else cell
 
 
 def join_input(instruction: str, more: str) -> str:

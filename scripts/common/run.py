@@ -174,7 +174,8 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
     if checkpoint and is_zero():
         read_whole(run, checkpoint)
     elif checkpoint and sharded and not has_shards(checkpoint):
-        on_main(run.watch, lambda: read_weights(run, checkpoint))
+        with run.watch.alive():
+            on_main(run.watch, lambda: read_weights(run, checkpoint))
     optimizer = make_optimizer(run.loss_model, config, whole=not (sharded or is_zero()))
     run.wrapped, run.optimizer = prepare(accelerator, run.loss_model, optimizer, config)
     probe = sorted((e for row in material.plan.step_rows(0) for e in material.examples(row)),
@@ -187,7 +188,8 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
     run.say(f"peak: {run.meter.peak / 1e9:,.0f} GFLOP/s in matrix products, measured; mfu is the share of it that goes "
             "into useful work")
     if checkpoint:
-        restore(run, checkpoint)
+        with run.watch.alive():
+            restore(run, checkpoint)
 
 
 def holds_rounded(config: SftConfig, accelerator: Accelerator) -> bool:

@@ -262,7 +262,7 @@ def newest_usable(run_dir: Path, say: Callable[[str], None]) -> Path | None:
         best = None if problems else read_state(path).best_step
         if problems:
             put_aside(path, problems, say)
-        elif best is None or not (problems := verify(path.with_name(f"checkpoint-{best}"))):
+        elif best in (None, step_of(path)) or not (problems := verify(path.with_name(f"checkpoint-{best}"))):
             return path
         else:
             say(f"{path}: whole, but what was best by then, checkpoint-{best}, is damaged or gone")

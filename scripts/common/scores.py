@@ -15,6 +15,8 @@ and order do not matter, rows can be resampled, and two models are compared on t
     token_accuracy   share of trained tokens that are the likeliest one
     mean_length      tokens of an answer
     repetition       share of an answer's 4-grams of tokens that occurred in it before
+
+A thought before an answer (up to </think>) is not compared with a reference that has none.
 """
 from __future__ import annotations
 
@@ -36,6 +38,7 @@ OF_TABLE = tuple(name for name in METRICS if name != "perplexity")
 SHORT = 64  # characters: a longer reference has too many right wordings to be compared letter by letter
 RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then vary by a few hundredths of its width
 NGRAM = 4
+THOUGHT_ENDS = "</think>"
 
 Table = dict[str, np.ndarray]  # number -> float64 (rows, 2): numerator and denominator
 
@@ -56,6 +59,8 @@ def loss_table(losses: list[np.ndarray], hits: list[np.ndarray], n_bytes: list[i
 
 def answer_table(answers: list[Generated | None], texts: list[str | None], references: list[str | None]) -> Table:
     """Answers and references -> the other numbers."""
+    texts = [text if text is None or THOUGHT_ENDS in (reference or "") else after_thought(text)
+             for text, reference in zip(texts, references)]
     there = np.array([a is not None for a in answers], np.float64)
     short = np.array([a is not None and is_short(r) for a, r in zip(answers, references)], np.float64)
     exact = np.array([bool(s) and same_text(t, r) for s, t, r in zip(short, texts, references)], np.float64)
@@ -68,6 +73,11 @@ def answer_table(answers: list[Generated | None], texts: list[str | None], refer
             **{name: np.array(values, np.float64).reshape(-1, 2) for name, values in alike.items()},
             "stopped": np.stack([stopped, there], 1), "mean_length": np.stack([lengths, there], 1),
             "repetition": np.array([repeated(a.ids if a else []) for a in answers], np.float64).reshape(-1, 2)}
+
+
+def after_thought(text: str) -> str:
+    """What an answer says when it has thought."""
+    return text.rpartition(THOUGHT_ENDS)[2].lstrip()
 
 
 def _one(value: float | None) -> tuple[float, float]:

@@ -24,25 +24,34 @@ def describe_data(material: Material) -> list[str]:
                      f"({meta['trained_tokens']:,} trained); train {len(train):,}, validation {len(val):,}"
                      + (f", test {len(test):,}" if len(test) else "")
                      + f"; cached as {d.name}-{meta['sha256'][:7]}, made at {meta['rows_per_second']:,} rows/s")
-        dropped = [f"{n:,} {reason}" for reason, n in meta["dropped"].items() if n]
-        dropped += [f"{meta['rows_bad']:,} bad (--skip_bad_rows)"] if meta["rows_bad"] else []
-        if dropped:
-            lines.append(f"  dropped: {'; '.join(dropped)}")
         if meta["rows_distinct"] < meta["rows_kept"]:
             lines.append("  " + duplicates(meta))
-        for key, what in (("rows_split", "rows too long, split into windows"), ("rows_cut", "rows too long, cut"),
-                          ("answers_dropped", "answers of split rows dropped: too long by themselves"),
-                          ("encoded_apart", "answers encoded apart from their prompt, because the tokenizer would join "
-                           "the two in one token")):
-            if meta[key]:
-                lines.append(f"  {meta[key]:,} {what}")
-        lines += [f"  {n:,} {what}" for what, n in meta["notes"].items()]
-        if meta["unread"]:
-            lines.append("  not read: " + ", ".join(f"{key} ({n:,})" for key, n in meta["unread"].items()))
+        lines += _what_became_of_rows(meta)
     lines += [f"note: {note}" for note in material.split.notes]
-    if material.val_datasets is not material.datasets:
-        lines.append(f"validation: {material.val_count:,} examples of "
-                     f"{', '.join(d.path for d in material.val_datasets)}")
+    for d in material.brought:
+        lines.append(f"{d.path}: {d.meta['rows_in']:,} rows -> {d.meta['examples']:,} examples for validation")
+        lines += _what_became_of_rows(d.meta)
+    if material.brought:
+        lines.append(f"validation: {material.val_count:,} examples of {', '.join(d.path for d in material.brought)}")
+    return lines
+
+
+def _what_became_of_rows(meta: dict) -> list[str]:
+    """Lines about rows of a data set that are not learnt, or not as they stand in the file."""
+    lines = []
+    dropped = [f"{n:,} {reason}" for reason, n in meta["dropped"].items() if n]
+    dropped += [f"{meta['rows_bad']:,} bad (--skip_bad_rows)"] if meta["rows_bad"] else []
+    if dropped:
+        lines.append(f"  dropped: {'; '.join(dropped)}")
+    for key, what in (("rows_split", "rows too long, split into windows"), ("rows_cut", "rows too long, cut"),
+                      ("answers_dropped", "answers of split rows dropped: too long by themselves"),
+                      ("encoded_apart", "answers encoded apart from their prompt, because the tokenizer would join "
+                       "the two in one token")):
+        if meta[key]:
+            lines.append(f"  {meta[key]:,} {what}")
+    lines += [f"  {n:,} {what}" for what, n in meta["notes"].items()]
+    if meta["unread"]:
+        lines.append("  not read: " + ", ".join(f"{key} ({n:,})" for key, n in meta["unread"].items()))
     return lines
 
 

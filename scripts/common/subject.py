@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from common.attention import causal_lm_of
-from common.chat import BUILT_IN, TEMPLATE_DIR, Chat, load_chat, load_tokenizer
+from common.chat import BUILT_IN, TEMPLATE_DIR, Chat, load_chat, load_tokenizer, own_template
 from common.faults import UserError
-from common.hub import at_commit
+from common.hub import at_commit, local_model
 from common.model import add_tokens, check_vocabulary, find_model, load_model, model_config, saved_dtype, stop_ids_of
 from common.rundir import DONE, RUN, STATUS, read_run, read_status
 from common.spm import prove_equal
@@ -86,22 +86,22 @@ def open_chat(subject: Subject, tokenizer_path: str | None, template: str | None
 
 
 def has_tokenizer(path: str) -> bool:
-    """Whether a directory holds a tokenizer; a Hub id is taken to."""
-    place = Path(path)
-    return not place.exists() or any((place / n).exists() for n in ("tokenizer.json", "vocab.json")) or \
+    """Whether a directory, or the model of a Hub id, holds a tokenizer."""
+    place = Path(local_model(path, weights=False))
+    return any((place / n).exists() for n in ("tokenizer.json", "vocab.json")) or \
         any(place.glob("*.model"))
 
 
 def default_template(tokenizer_path: str) -> str:
     """`model` where the tokenizer brings a chat template, else chatml."""
-    return "model" if isinstance(load_tokenizer(tokenizer_path)[0].chat_template, str) else "chatml"
+    return "model" if own_template(load_tokenizer(tokenizer_path)[0]) else "chatml"
 
 
 def saved_template(own: str, asked: str | None) -> tuple[str, str]:
     """(template for load_chat, what to say of it). The saved one stands for a built-in one from which it differs by BOS
     and system prompt alone."""
-    saved = load_tokenizer(own)[0].chat_template
-    if not isinstance(saved, str):
+    saved = own_template(load_tokenizer(own)[0])
+    if saved is None:
         return asked or "chatml", asked or "chatml (the model brings none)"
     if asked in (None, "model"):
         return "model", "saved with the model"
@@ -165,9 +165,9 @@ def load_for(path: str, chat: Chat, *, dtype: str, seed: int, say: Say) -> nn.Mo
     return model.to("cuda" if cuda else "cpu").eval()
 
 
-def stop_audit(model: nn.Module, chat: Chat) -> tuple[str, dict]:
+def stop_audit(model: nn.Module, chat: Chat, path: str) -> tuple[str, dict]:
     """Whether answers can end: the ids that stop generation here, the one the template ends an answer with, and those
-    that plain `transformers` stops at. A line to print, and the same as numbers."""
+    that plain `transformers` stops at. path: of the model. A line to print, and the same as numbers."""
     causal_lm = causal_lm_of(model)
     named = causal_lm.generation_config.eos_token_id
     named = [] if named is None else [named] if isinstance(named, int) else list(named)
@@ -177,8 +177,13 @@ def stop_audit(model: nn.Module, chat: Chat) -> tuple[str, dict]:
     if chat.end_id in named:
         line += f"generation_config has it ({', '.join(map(str, named))})"
     else:
+        beside = Path(path) / "generation_config.json"
+        way = f"Add {chat.end_id} to its eos_token_id"
+        if find_model(path).adapter and beside.is_file():  # which PEFT does not read: it takes the base's
+            way = (f"Set model.generation_config = GenerationConfig.from_pretrained({path!r}) there, or merge the "
+                   "adapter with scripts/04_merge_lora.py")
         line += (f"generation_config does NOT have it ({', '.join(map(str, named)) or 'it names none'}): elsewhere the "
-                 f"model would not stop there. Add {chat.end_id} to its eos_token_id")
+                 f"model would not stop there. {way}")
     return line, {"stop_ids": stops, "template_ends_with": chat.end_id, "generation_config": named}
 
 
@@ -203,7 +208,13 @@ def find_baseline(subject: Subject, asked: str | None, tokenizer_path: str | Non
         raise UserError(f"--baseline_path {path}: is the model that is evaluated. Name another, or leave it out.")
     if path is None or path == subject.path:
         return None
-    find_model(path)  # before the other model is measured
+    try:
+        find_model(path)  # before the other model is measured
+    except UserError as fault:
+        if asked != "auto":
+            raise
+        say(f"baseline: none, because it cannot be had. {fault}")
+        return None
     own = path if has_tokenizer(path) else None
     tokenizer = own or subject.settings.get("tokenizer_path") or tokenizer_path or subject.path
     name = subject.settings.get("prompt_template") or template or "model"
