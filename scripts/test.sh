@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Make .venv, install, run the tests. Arguments go to pytest: bash scripts/test.sh -k tokenizer
+# Make .venv, install, run the tests on the cores there are. Arguments go to pytest: bash scripts/test.sh -k tokenizer
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
-python -m pytest "$@"
+# more than four processes wait for the longest file of tests
+processes=$(PYTHONPATH=scripts python -c 'from common.forked import cores; print(min(4, cores()))')
+python -m pytest -n "$processes" --dist loadfile "$@"

@@ -77,7 +77,7 @@ def test_what_a_card_tells(run: Path, chat: Chat) -> None:
         assert part in text, part
     fence = "`````"
     assert f"{fence}text\n---\n```\nlicense: mit\n````\n{fence}" in text
-    assert re.search(r"^place = .*\nmodel = AutoPeft", text, re.M)
+    assert re.search(r"^place = .*\nmodel = AutoPeft.*\nmodel.generation_config = GenerationConfig", text, re.M)
     assert "num_train_epochs" in text and "AutoTokenizer.from_pretrained(place)" in text
     anew = with_merged(text, 4e-1)
     assert "at most 4.0e-01" in anew and "2.0e-03" not in anew and len(anew) == len(text)

@@ -115,6 +115,53 @@ def test_batched_answers_equal_those_of_the_library_one_by_one(llama: torch.nn.M
         llama.set_attn_implementation("sdpa")
 
 
+HYBRIDS = {"lfm2": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+           "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "num_experts": 0,
+                          "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
+                          "linear_value_head_dim": 16, "mlp_only_layers": [0, 1]}}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_rows_leave_the_batch_of_a_model_with_states(name: str) -> None:
+    """Guards against a traceback as soon as one answer ends before another: states have no selection of rows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        name, vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0, bos_token_id=2,
+        eos_token_id=3, **HYBRIDS[name])).eval()
+    asked = [(p * 8)[:8] for p in prompts()]
+    expected = [library_answer(model, p) for p in asked]
+    assert 1 < sum(e.stopped for e in expected) < len(expected)
+    assert generate(model, asked, **SETTINGS, batch_size=64) == expected
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_turn_by_the_longest_row_of_a_pass(kind: str, spm_unigram: str) -> None:
+    """Guards against losses and answers of short rows that depend on a long one beside them (the long Phi models)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    rope = {"rope_theta": 100.0, "rope_type": kind} | ({"factor": 4.0} if kind == "dynamic" else {
+        "original_max_position_embeddings": 16, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8})
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "phi3" if kind == "longrope" else "llama", vocab_size=V, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, pad_token_id=0,
+        max_position_embeddings=64 if kind == "longrope" else 16, original_max_position_embeddings=16,
+        rope_parameters=rope)).eval()
+    draw = np.random.default_rng(0)
+    examples = [Encoded(draw.integers(4, V, n).astype(np.int32), np.ones(n, bool)) for n in (6, 14, 9, 30, 12, 25)]
+    alone, _ = score(model, examples, pad_id=0, batch_size=1)
+    together, _ = score(model, examples, pad_id=0, batch_size=8)
+    for one, other in zip(alone, together):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    if kind == "longrope":
+        asked = [e.input_ids.tolist() for e in examples]
+        settings = {"max_new_tokens": 4, "stop_ids": [3], "pad_id": 0}
+        assert generate(model, asked, **settings, batch_size=1) == generate(model, asked, **settings, batch_size=8)
+
+
 def test_one_thread_for_little_work_alone(llama: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against prompts and losses of a small model on one thread, single tokens on all, and a setting that is
     left behind."""
@@ -221,6 +268,14 @@ def test_numbers_by_hand() -> None:
 def test_exact_match_is_nfc_stripped_case_kept(a: str, b: str, same: bool) -> None:
     """Guards against two spellings of the same letter, and against forgiving what was not asked for."""
     assert same_text(a, b) is same
+
+
+def test_a_thought_is_not_compared_with_an_answer_that_has_none() -> None:
+    """Guards against a right answer after a trained thought that counts as wrong."""
+    said = "<think>\n6*7\n</think>\n\n42"
+    answers = [Generated([1])] * 3
+    found = answer_table(answers, [said, said, "42"], ["42", said, said])
+    assert found["exact_match"][:, 0].tolist() == [1, 0, 0] and found["chrf"][0, 0] == found["chrf"][1, 0] == 1
 
 
 def test_long_references_are_not_compared() -> None:
@@ -565,6 +620,75 @@ def test_a_mistake_is_one_sentence(run: Path, spm_bpe: str, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert finding in error and "Traceback" not in error
     assert sorted(p.name for p in run.iterdir()) == before
+
+
+REFUSES = ("{%- for m in messages -%}{%- if m.role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
+           "{{ m.content + eos_token }}{%- endfor -%}")
+
+
+def test_rows_that_the_template_refuses_are_named_and_skipped(run: Path, tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture) -> None:
+    """Guards against an evaluation that ends without a place (Gemma knows no system turn), also with
+    --skip_bad_rows."""
+    (tmp_path / "own.jinja").write_text(REFUSES)
+    answer = {"role": "assistant", "content": "red cat"}
+    rows = [{"messages": [{"role": "user", "content": f"{i} who"}, answer]} for i in range(3)]
+    rows[1]["messages"].insert(0, {"role": "system", "content": "be good"})
+    argv = ["--prompt_template", str(tmp_path / "own.jinja"), "--max_new_tokens", "3", "--baseline_path", "none",
+            "--dataset_paths", str(write_rows(tmp_path / "rows.jsonl", rows)), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(run, *argv) == 2
+    error = capsys.readouterr().err
+    assert "rows.jsonl:2: template" in error and "the template refuses 1 of 3 rows" in error
+    assert evaluate(run, *argv, "--skip_bad_rows") == 0
+    found = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert found["rows"] == 2 and found["rows_read"]["rows"]["bad"] == 1
+    asked = write_rows(tmp_path / "asked.jsonl", [{"messages": row["messages"][:-1]} for row in rows])
+    argv = [*argv[:4], "--predict", str(asked), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(run, *argv, "--skip_bad_rows") == 0
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_base_that_cannot_be_asked_in_one_way_is_asked_in_the_others(
+        run: Path, tiny_model: str, spm_unigram: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Guards against a measurement that is thrown away at the end: a chat model of elsewhere, whose template's tokens
+    the named base does not know."""
+    from common.model import load_model
+
+    chat, model = load_chat(str(run), "model"), load_model(str(run)).merge_and_unload()
+    model.save_pretrained(tmp_path / "chat")
+    chat.save(tmp_path / "chat")
+    load_model(tiny_model).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.model").write_bytes(Path(spm_unigram).read_bytes())
+    assert evaluate(run, "--model_path", str(tmp_path / "chat"), "--baseline_path", str(tmp_path / "base"),
+                    "--dataset_paths", str(run / "val.jsonl"), "--max_new_tokens", "3", "--max_eval_samples", "4") == 0
+    assert "baseline: it is not asked through the template" in capsys.readouterr().out
+    found = json.loads((tmp_path / "chat" / "eval" / "eval_results.json").read_text())
+    assert found["baseline"]["asked"] == {"answers": "plain", "loss": "plain"}
+
+
+def test_a_base_that_cannot_be_had_ends_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture) -> None:
+    """Guards against an evaluation that needs a network for a base that nobody named."""
+    from common.subject import Subject, find_baseline
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    lines: list[str] = []
+    subject = Subject(str(run), run, {"model_path": "ann/gone"})
+    assert find_baseline(subject, "auto", None, None, lines.append) is None
+    assert lines[0].startswith("baseline: none, because it cannot be had. ")
+    with pytest.raises(UserError):
+        find_baseline(subject, "ann/gone", None, None, lines.append)
+
+
+def test_an_unfinished_run_names_its_checkpoint(tmp_path: Path) -> None:
+    """Guards against advice to give another directory."""
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "run.json").write_text("{}")
+    from common.model import find_model
+
+    with pytest.raises(UserError, match="not finished, but .*checkpoint-4 can be used"):
+        find_model(str(tmp_path))
 
 
 def test_a_base_model_with_plain_text(tiny_model: str, spm_unigram: str, tmp_path: Path) -> None:

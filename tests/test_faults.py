@@ -390,6 +390,48 @@ def test_a_signal_to_one_rank_stops_both(bench, reference, tmp_path):
     assert what_is_left(tmp_path / "run") == reference(*flags, ranks=2)
 
 
+def test_no_process_ends_before_the_stop_is_noted(bench, tmp_path):
+    """A launcher ends all others when the first process is gone: the main one, whose tracker takes its time, never
+    wrote that the run was stopped, so that a job was not queued again."""
+    def patch() -> None:
+        import common.rundir as rundir
+
+        real = rundir.write_status
+
+        def write_status(run_dir: Path, **entries: object) -> None:
+            if entries.get("status") == "stopped":
+                time.sleep(1.5)
+            real(run_dir, **entries)
+
+        rundir.write_status = write_status
+        hold_at(3, lambda: kill_self(signal.SIGTERM))()
+
+    run = tmp_path / "run"
+    child = bench.start(run, *FULL, "--gradient_accumulation_steps", 1, ranks=2, patch=patch)
+    _, status = os.waitpid(child.pids.pop(1), 0)
+    assert os.waitstatus_to_exitcode(status) == 75 and read_status(run)["status"] == "stopped"
+    assert child.wait() == 75 and read_status(run)["exit_status"] == 75
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_too_little_memory_is_one_sentence(bench, tmp_path, step):
+    """The commonest fault on a GPU: a traceback, and the mended command is refused because a run is there."""
+    def give_up() -> None:
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+
+    run = tmp_path / "run"
+    said = ended(bench.run(run, *FULL, patch=hold_at(step, give_up)), 2)
+    assert "error: the memory does not suffice (CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
+    assert "--gradient_checkpointing" in said and "Traceback" not in said
+    if step == 1:
+        ended(bench.run(run, *FULL, "--max_seq_length", 64), 0)  # what is mended need not overwrite anything
+    else:
+        assert read_status(run)["exit_status"] == 2
+        ended(bench.run(run, *FULL, "--gradient_checkpointing", RESUME), 0)
+
+
 ENDLESS = ("--max_steps", 20000, "--save_steps", 20000, "--eval_steps", 20000)
 
 

@@ -344,6 +344,15 @@ def test_a_script_without_a_network_ends_within_seconds(tmp_path, hub, bench):
     assert sentence(done.stderr).startswith("error: ann/base: no path here") and not (tmp_path / "out").exists()
 
 
+def test_a_repository_without_a_tokenizer_is_known_as_such(hub, bench):
+    """Guards against an adapter that is pushed alone: its base's tokenizer was never looked for."""
+    from common.subject import has_tokenizer
+
+    hub.put("model", "ann/bare", {"adapter_config.json": "{}"})
+    hub.put("model", "ann/tok", {"spm.model": Path(bench.tokenizer).read_bytes()})
+    assert has_tokenizer("ann/tok") and not has_tokenizer("ann/bare")
+
+
 @pytest.mark.parametrize("name, token, words", [
     ("ann/none", None, "no path here, and the Hub shows no model of this name (no token is set)"),
     ("ann/none", "hf_reads", "no path here, and the Hub shows no model of this name (the token that is set"),

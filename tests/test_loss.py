@@ -121,6 +121,24 @@ def test_head_loss_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch)
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_left_to_learn_of_known_tokens_survives_bf16() -> None:
+    """Bug: p = .999 is rounded to 1 before 1 is taken off, and the gradient of what is nearly learnt (the end of a
+    turn) is noise. A plain loop under autocast is the measure."""
+    torch.manual_seed(0)
+    weight = torch.randn(40, 16).bfloat16().float()
+    targets = torch.arange(40).repeat(20)
+    hidden = weight[targets] * (14 / weight[targets].square().sum(1, keepdim=True)) + .1 * torch.randn(800, 16)
+    hidden, weight = (x.bfloat16().float().requires_grad_() for x in (hidden, weight))
+    logits = hidden @ weight.t()
+    assert .99 < logits.softmax(1).gather(1, targets[:, None]).median() < 1
+    exact = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum"), (hidden, weight))
+    low = (hidden.bfloat16() @ weight.bfloat16().t()).float()
+    plain = torch.autograd.grad(F.cross_entropy(low, targets, reduction="sum"), (hidden, weight))
+    found = torch.autograd.grad(HeadLoss.apply(hidden, weight, None, targets, torch.bfloat16), (hidden, weight))
+    for wanted, theirs, ours in zip(exact, plain, found):
+        assert (ours - wanted).norm() < 1.1 * (theirs - wanted).norm() < .1 * wanted.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_target_that_the_model_all_but_excludes_has_its_true_loss(dtype: torch.dtype) -> None:
     """Bug: the probability of a very unlikely target is 0 in fp32, and its loss infinite."""

@@ -23,6 +23,7 @@ from common.model import (
     find_model,
     load_model,
     merge_and_save,
+    model_config,
     rope_limit,
     round_frozen,
     save_adapter,
@@ -159,6 +160,30 @@ def test_the_base_of_an_adapter_is_its_own(tmp_path: Path, chat: object) -> None
     assert find_model(str(small)).base == find_model(str(small / "checkpoint-3")).base == base
     make_llama(small / "base", 390, seed=6)
     assert find_model(str(small)).base == find_model(str(small / "checkpoint-3")).base == str(small / "base")
+
+
+def test_an_adapter_on_embeddings_that_others_resized(tmp_path: Path, chat: object) -> None:
+    """Bug: what TRL and Axolotl save after adding tokens ends in a traceback, or is told to be another model's."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    size = len(chat.tokenizer)
+    base = make_llama(tmp_path / "base", size - 2, tied=False)
+    whole = load_model(base)
+    whole.resize_token_embeddings(size)
+    model = get_peft_model(whole, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    chat.save(tmp_path / "adapter")
+    found = load_model(str(tmp_path / "adapter"))
+    ids = torch.tensor([[2, 5, size - 1, size - 2]])
+    assert isinstance(found, PeftModel) and torch.allclose(found(ids).logits, model.eval()(ids).logits)
+    own = load_chat(str(tmp_path / "adapter"), "model")
+    check_vocabulary(model_config(str(tmp_path / "adapter")), own, str(tmp_path / "adapter"))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    make_llama(tmp_path / "other", size - 2, hidden=64)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(
+        config | {"base_model_name_or_path": str(tmp_path / "other")}))
+    with pytest.raises(UserError, match="adapter: the model cannot be loaded"):
+        load_model(str(tmp_path / "adapter"))
 
 
 def test_sampling_values_of_an_older_model_can_be_saved(tmp_path: Path, chat: object) -> None:

@@ -203,6 +203,12 @@ def test_an_adapter_of_another_origin_is_merged(place: Path, tmp_path: Path) -> 
     refused(run_script("04_merge_lora", *words, "--prompt_template", "chatml"), "does not know its tokens")
     run_script("04_merge_lora", *words, "--prompt_template", "instruct").ok()
     assert (tmp_path / "adapter" / "merged" / "config.json").exists()
+    base = shutil.copytree(place / "model", tmp_path / "base")  # the adapter alone, as PEFT saves it
+    load_chat(str(place / "spm.model"), "instruct").save(base)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "bare")
+    run_script("04_merge_lora", "--model_path", tmp_path / "bare").ok()
+    assert (tmp_path / "bare" / "merged" / "chat_template.jinja").exists()
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(file.read_text().replace(str(place / "model"), "/gone/base"))
     refused(run_script("04_merge_lora", *words, "--prompt_template", "instruct", "--overwrite_output_dir"),

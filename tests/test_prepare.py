@@ -340,6 +340,20 @@ def test_a_new_data_set_is_a_new_json_file(raw, tmp_path, monkeypatch):
     assert manifest["rows_dropped"] == {"bad kind": 1, "exact duplicate": 1} and len(manifest["sha256_in"]) == 2
 
 
+def test_two_descriptions_of_one_file_are_refused(raw, tmp_path, monkeypatch, capsys):
+    """Guards against a copied description whose output was forgotten: the second overwrites the first, both are
+    reported as kept."""
+    monkeypatch.setattr(prepare, "SPEC_DIR", tmp_path)
+    monkeypatch.setattr(prepare, "spec_names", lambda: ["mine", "yours"])
+    for name in ("mine", "yours"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({
+            "raw_dir": str(raw), "raw_patterns": ["x.jsonl"], "form": "prompt", "output": "own.jsonl", "licence": "own"}))
+    jsonl(raw / "x.jsonl", [{"prompt": "Hi", "response": "Hello"}])
+    assert run("--dataset", "mine", "yours", "--output_dir", tmp_path / "sft") == 2
+    assert "--dataset yours mine: both write own.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "sft").exists()
+
+
 def test_a_row_of_more_than_two_texts_keeps_all_of_it(raw, tmp_path, monkeypatch):
     """Guards against calls and tools that are lost on the way to prompt and response, and a filter that finds nothing
     because its column is not read from parquet, or is named as in the file."""

@@ -404,9 +404,12 @@ def test_validation_and_test_rows(train, tmp_path, rows):
 
 
 def test_validation_files_of_ones_own(train, tmp_path):
-    """Guards against --val_dataset_paths that still splits rows off, and against its rows being trained on."""
-    write_rows(tmp_path / "mine.jsonl", chat_rows(30)[:5])
-    train(tmp_path / "run", val_dataset_paths=tmp_path / "mine.jsonl", val_split_ratio=None).ok()
+    """Guards against --val_dataset_paths that still splits rows off, against its rows being trained on, and against
+    those of it that are dropped without a word."""
+    write_rows(tmp_path / "mine.jsonl", [*chat_rows(30)[:5], {"prompt": "what", "response": ""}])
+    ran = train(tmp_path / "run", val_dataset_paths=tmp_path / "mine.jsonl", val_split_ratio=None).ok()
+    assert "mine.jsonl: 6 rows -> 5 examples for validation\n  dropped: 1 empty answer" in ran.out
+    assert read_json(tmp_path / "run" / "plan.json")["validation_data"]["mine"]["dropped"] == {"empty answer": 1}
     assert "eval_loss/mine" in metrics(tmp_path / "run")[1]
     assert read_json(tmp_path / "run" / "plan.json")["examples"] == 25
     assert len((tmp_path / "run" / "val.jsonl").read_text().splitlines()) == 5
