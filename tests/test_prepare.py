@@ -347,7 +347,8 @@ def test_two_descriptions_of_one_file_are_refused(raw, tmp_path, monkeypatch, ca
     monkeypatch.setattr(prepare, "spec_names", lambda: ["mine", "yours"])
     for name in ("mine", "yours"):
         (tmp_path / f"{name}.json").write_text(json.dumps({
-            "raw_dir": str(raw), "raw_patterns": ["x.jsonl"], "form": "prompt", "output": "own.jsonl", "licence": "own"}))
+            "raw_dir": str(raw), "raw_patterns": ["x.jsonl"], "form": "prompt", "output": "own.jsonl",
+            "licence": "own"}))
     jsonl(raw / "x.jsonl", [{"prompt": "Hi", "response": "Hello"}])
     assert run("--dataset", "mine", "yours", "--output_dir", tmp_path / "sft") == 2
     assert "--dataset yours mine: both write own.jsonl" in capsys.readouterr().err
