@@ -30,6 +30,11 @@ from common.settings import SftConfig
 from common.signals import StopFlag, launched
 from common.trackers import check_installed
 
+LESS_MEMORY = ("Make a pass smaller (--per_device_train_batch_size with more --gradient_accumulation_steps, "
+               "--per_device_eval_batch_size, --max_seq_length), or compute it again on the way back "
+               "(--gradient_checkpointing, which a resumed run may add). Where the weights alone are too large: "
+               "--load_in_4bit, or several GPUs with config/accelerate/fsdp2.yaml.")
+
 if TYPE_CHECKING:
     from common.chat import Chat
     from common.material import Material
@@ -194,7 +199,7 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
         try:
             yield opened
         except BaseException as found:
-            fault = memory_fault(disk_fault(run.watch.named(found), run.directory))
+            fault = memory_fault(disk_fault(run.watch.named(found), run.directory), LESS_MEMORY)
             if new and run.state.step == 0 and isinstance(fault, UserError):  # exit status 2 leaves nothing behind
                 if run.main:
                     forget_plan(run)
@@ -336,8 +341,8 @@ def check_new_tokens(config: SftConfig, chat: Chat, source: str) -> None:
 
 
 def describe_size(config: SftConfig, base: object, chat: Chat, source: str) -> list[str]:
-    """A line about the parameters that are trained, where they are known before the weights are there. Raises UserError
-    for an adapter that does not fit the model."""
+    """A line about the parameters that are trained, where they can be known before the weights are there. Raises
+    UserError for an adapter that does not fit the model."""
     from common.model import find_model, planned_parameters
     from common.run import continued_adapter
     from common.zero import is_zero
@@ -347,7 +352,13 @@ def describe_size(config: SftConfig, base: object, chat: Chat, source: str) -> l
         return continued_adapter(config, adapter)
     if is_zero():  # there transformers cuts every model that is made
         return []
-    total, trained = planned_parameters(config, base, chat)
+    try:
+        total, trained = planned_parameters(config, base, chat)
+    except UserError:
+        raise
+    except Exception as fault:  # not every model can be made without weights
+        return [f"model {config.source}: its parameters are not known before its weights are there "
+                f"({type(fault).__name__})"]
     return [f"model {config.source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
             f"({'LoRA' if config.use_lora else 'full'})"]
 

@@ -360,7 +360,6 @@ def measure_baseline(config: EvalConfig, other: Baseline, tuned: Chat, system_pr
     sets = with_system(sets, system_prompt)
     # the same answers are measured
     chat_of = lambda template: load_chat(other.tokenizer_path, template, assistant_turns=tuned.assistant_turns)
-    own = other.template != "model" and default_template(other.tokenizer_path) == "model"
     try:
         raw = chat_of("raw")
         try:
@@ -375,12 +374,14 @@ def measure_baseline(config: EvalConfig, other: Baseline, tuned: Chat, system_pr
         say(f"baseline: none, because it cannot be loaded. {fault}")
         return None
     say(f"baseline {other.path}: asked in several ways, the best one counts")
+    ways = {"template": ("through the template", lambda: chat)} if chat else {}
+    ways["plain"] = "in plain text", lambda: raw
+    if other.template != "model" and default_template(other.tokenizer_path) == "model":
+        ways["its own template"] = "through its own template", lambda: chat_of("model")
     found = {}
-    for way, how, asked in (("template", "through the template", chat), ("plain", "in plain text", raw),
-                            ("its own template", "through its own template", chat_of("model") if own else None)):
+    for way, (how, chat_for) in ways.items():
         try:
-            if asked:
-                found[way] = measure_all(model, asked, sets, options, f"baseline {how}", say, plain=way == "plain")
+            found[way] = measure_all(model, chat_for(), sets, options, f"baseline {how}", say, plain=way == "plain")
         except UserError as fault:
             say(f"baseline: it cannot be asked {how}. {fault}")
     if not found:

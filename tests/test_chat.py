@@ -12,8 +12,9 @@ from conftest import sentences, train_spm
 from common import layout, render
 from common.chat import Chat, load_chat, load_saved_chat, load_tokenizer
 from common.faults import UserError
-from common.prove import differs_as_served, prove
+from common.prove import _not_shown, differs_as_served, prove
 from common.rows import Row
+from common.subject import saved_template
 
 TEMPLATES = ("chatml", "instruct", "chat", "raw")
 KINDS = ("spm_unigram", "spm_bpe", "spm_lossy", "byte_level")
@@ -541,8 +542,9 @@ def test_templates_are_told_the_day_of_the_first_start(byte_level: str, tmp_path
     assert seen[0][0] != seen[1][0] and seen[0][1].startswith("03 Jan") and seen[1][1].startswith("04 Jan")
 
 
+@pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("template", ["chatml", "instruct", "chat", "raw"])
-def test_a_space_before_the_beginning_of_a_text_alone(tmp_path: Path, template: str) -> None:
+def test_a_space_before_the_beginning_of_a_text_alone(tmp_path: Path, template: str, bos: bool) -> None:
     """Mistral v0.3, and Llama 2 as transformers 5 saves it: only a whole text begins with ▁, not what follows a control
     token; runs of text that are encoded as texts of their own got one each."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -554,7 +556,8 @@ def test_a_space_before_the_beginning_of_a_text_alone(tmp_path: Path, template: 
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
                                   initial_alphabet=[f"<0x{i:02X}>" for i in range(256)])
     tokenizer.train_from_iterator(sentences(1500), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(tmp_path)
     chat = load_chat(str(tmp_path), template)
@@ -573,7 +576,11 @@ def test_thoughts_reach_templates_by_either_name(byte_level: str, tmp_path: Path
     one = row(("user", "a"), ("assistant", "b"))
     one.messages[1]["reasoning_content"] = "why"
     assert "(why)b" in chat.tokenizer.decode(chat.encode_rows([one])[0].input_ids)
-    assert prove(chat, [one])["template_differs"] == 0
+    assert prove(chat, [one])["template_differs"] == 0 and _not_shown(chat, [one], "own") == []
+    switch = with_source(byte_level, tmp_path, "{% if thinking is defined %}{% endif %}"  # not the message's
+                         "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    for other in (switch, load_chat(byte_level, "chatml")):
+        assert "bring reasoning_content, which own does not show" in _not_shown(other, [one], "own")[0]
 
 
 def test_the_default_of_several_templates_is_taken(byte_level: str, tmp_path: Path) -> None:
@@ -596,6 +603,8 @@ def test_a_byte_order_mark_is_no_part_of_a_template(byte_level: str, tmp_path: P
     (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", "utf-8-sig")
     chat = load_chat(byte_level, str(tmp_path / "own.jinja"))
     assert "\ufeff" not in chat.template
+    chat.save(tmp_path)
+    assert saved_template(str(tmp_path), str(tmp_path / "own.jinja"))[0] == "model"  # 06 knows it again
 
 
 def test_a_described_sentencepiece_model_is_loaded_as_described(spm_bpe: str, tmp_path: Path) -> None:

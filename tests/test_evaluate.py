@@ -683,10 +683,15 @@ def test_a_base_that_cannot_be_had_ends_nothing(run: Path, tmp_path: Path, monke
 
 def test_an_unfinished_run_names_its_checkpoint(tmp_path: Path) -> None:
     """Guards against advice to give another directory."""
-    (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "run.json").write_text("{}")
     from common.model import find_model
 
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "checkpoint-8" / "shards").mkdir(parents=True)  # which only training reads
+    (tmp_path / "checkpoint-8" / "manifest.json").touch()
+    with pytest.raises(UserError, match="not finished; go on with it: --resume_from_checkpoint"):
+        find_model(str(tmp_path))
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "manifest.json").touch()
     with pytest.raises(UserError, match="not finished, but .*checkpoint-4 can be used"):
         find_model(str(tmp_path))
 

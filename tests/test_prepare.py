@@ -353,6 +353,9 @@ def test_two_descriptions_of_one_file_are_refused(raw, tmp_path, monkeypatch, ca
     assert run("--dataset", "mine", "yours", "--output_dir", tmp_path / "sft") == 2
     assert "--dataset yours mine: both write own.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "sft").exists()
+    (tmp_path / "yours.json").write_text('{"outptu": "own.jsonl"}')  # ends its own data set alone
+    assert run("--dataset", "mine", "yours", "--output_dir", tmp_path / "sft") == 2
+    assert "outptu" in capsys.readouterr().err and (tmp_path / "sft" / "own.jsonl").exists()
 
 
 def test_a_row_of_more_than_two_texts_keeps_all_of_it(raw, tmp_path, monkeypatch):

@@ -586,7 +586,7 @@ def test_descriptions_of_tools_are_objects(tmp_path):
     """Guards against names of tools that end in a traceback, and JSON texts that templates write in quotes twice."""
     row = {"prompt": "Hi", "response": "Hello"}
     tool = {"type": "function", "function": {"name": "look"}}
-    rows, _ = read(write(tmp_path, json.dumps({**row, "tools": [json.dumps(tool)]}) + "\n"))
+    rows, _ = read(write(tmp_path, json.dumps({**row, "tools": [f" {json.dumps(tool, indent=1)}\n"]}) + "\n"))
     assert rows[0].tools == [tool]
     for tools, kind in ((["search"], "a text"), ([None], "null")):
         with pytest.raises(UserError, match=f"entry that is {kind}"):
@@ -599,6 +599,10 @@ def test_a_thought_by_any_name(tmp_path, name):
     found = messages_of(tmp_path, {"messages": [{"role": "user", "content": "Hi", name: None},
                                                 {"role": "assistant", "content": "Hello", name: "why"}]})
     assert found == [ROW[0], {**ROW[1], "reasoning_content": "why"}]
+    turns = [ROW[0], {"role": "assistant", "content": "Hello", "reasoning_content": "", "thinking": ["a"],
+                      "reasoning": "why"}]
+    rows, reader = read(write(tmp_path, json.dumps({"messages": turns}) + "\n"))
+    assert rows[0].messages == found and reader.unread == {"thinking of messages": 1}
 
 
 def test_half_a_character_in_json_inside_of_json(tmp_path):
@@ -616,5 +620,8 @@ def test_lists_of_messages_in_csv(tmp_path):
     """Guards against JSON that is learnt as an answer: --csv writes such cells."""
     cells = [json.dumps([{"role": "user", "content": "Hi"}]), json.dumps([{"role": "assistant", "content": "Hello"}])]
     quoted = ",".join('"' + cell.replace('"', '""') + '"' for cell in cells)
-    rows, _ = read(write(tmp_path, f"prompt,response\n{quoted}\nHi,[1]\n", "x.csv"))
-    assert rows[0].messages == ROW and rows[1].messages[1]["content"] == "[1]"
+    texts = ["[1]", '[{""from"": ""Paris"", ""to"": ""Rome""}]', '[{""role"": ""CEO"", ""name"": ""Ann""}]']
+    more = "".join(f'Hi,"{text}"\n' for text in texts)
+    rows, _ = read(write(tmp_path, f"prompt,response\n{quoted}\n{more}", "x.csv"))
+    assert rows[0].messages == ROW
+    assert [row.messages[1]["content"] for row in rows[1:]] == [text.replace('""', '"') for text in texts]

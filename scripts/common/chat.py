@@ -215,7 +215,7 @@ class Chat:
                 if type(item) is not Fixed]
         ids_of = _looked_up(runs, self._encode_inside)
         tables = repeat(ids_of) if self._inner is None else self._tables(layouts, runs, ids_of)
-        parts = iter([cut_at(ids[own[0]], [ids[text] for text in own[1:]]) or self._apart(*own)
+        parts = iter([cut_at(ids[own[0]], [ids[text] for text in own[1:]]) or self._apart(ids is not ids_of, *own)
                       for own, ids in zip(runs, tables)])
         ids: list[bytes] = []
         trained: list[bytes] = []
@@ -245,12 +245,13 @@ class Chat:
         first = _looked_up([own for own, begun in zip(runs, begins) if begun], self._encode_texts)
         return [first if begun else inside for begun in begins]
 
-    def _apart(self, text: str, *before: str) -> list[bytes]:
+    def _apart(self, begins: bool, text: str, *before: str) -> list[bytes]:
         """The parts of a run encoded each by itself, where a token would reach over the beginning or end of an answer.
-        before: what precedes each of them."""
+        begins: the run begins the whole text. before: what precedes each of the parts."""
         self.encoded_apart += 1
         cuts = [0, *map(len, before), len(text)]
-        return self._encode_inside([text[a:b] for a, b in zip(cuts, cuts[1:])])
+        first, *others = [text[a:b] for a, b in zip(cuts, cuts[1:])]
+        return [*(self._encode_texts if begins else self._encode_inside)([first]), *self._encode_inside(others)]
 
     def _encode_inside(self, texts: list[str]) -> list[bytes]:
         """`_encode_texts` of what does not begin a text."""

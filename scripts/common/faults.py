@@ -48,13 +48,13 @@ class SaidElsewhere(Exception):
         self.status = status
 
 
-def memory_fault(fault: BaseException | None) -> BaseException | None:
-    """A UserError in place of torch's words for memory that does not suffice; any other fault as it is."""
+def memory_fault(fault: BaseException | None, way: str = "Take smaller batches, or a machine with more of it."
+                 ) -> BaseException | None:
+    """A UserError in place of torch's words for memory that does not suffice, with the way out; any other fault as it
+    is."""
     if type(fault).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(fault):
         return fault
-    return UserError(f"the memory does not suffice ({str(fault).strip().partition(chr(10))[0]:.160}). Make a pass "
-                     "smaller with --per_device_train_batch_size (06: --per_device_eval_batch_size) or "
-                     "--max_seq_length, or train with --gradient_checkpointing, which a resumed run may add.")
+    return UserError(f"the memory does not suffice ({str(fault).strip().partition(chr(10))[0]:.160}). {way}")
 
 
 def say(*lines: str) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ROWS = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz)?$")
 NOT_ROWS = ("dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 PART = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?|\d{3,}")  # what tells the parts of one table apart in their names
-SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.md")
+SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.md", "adapter_model.safetensors")
 WEIGHTS = ("*.safetensors",)
 NOT_MODEL = ("*/*", "consolidated*")  # other formats of the same weights
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)

@@ -114,12 +114,15 @@ class MessageReader:
         for key in ("name", "tool_call_id", "speaker"):
             if isinstance(value.get(key), str):
                 message[key] = value[key]
-        thought = next((value[key] for key in THOUGHT if isinstance(value.get(key), str)), None)
+        thoughts = {key: value[key] for key in THOUGHT if value.get(key) not in NOTHING}
+        thought = next((found for found in thoughts.values() if isinstance(found, str)), None)
         if thought is not None:
             message["reasoning_content"] = thought
+        left = [key for key, found in thoughts.items() if found != thought]
         if not value.keys() <= READ_OF_MESSAGE:
-            self._unread([f"{key} of messages" for key in value
-                          if key not in READ_OF_MESSAGE and value[key] not in NOTHING])
+            left += [key for key in value if key not in READ_OF_MESSAGE and value[key] not in NOTHING]
+        if left:
+            self._unread([f"{key} of messages" for key in left])
 
 
 def checked_text(value: object, name: str, way_out: str) -> str:
@@ -153,7 +156,7 @@ def tools_of(record: dict) -> list | None:
         return None
     if not isinstance(tools, list):
         raise Bad(f'"tools" is {kind_of(tools)}. It has to be a list of tool descriptions.')
-    tools = [parse(tool) if isinstance(tool, str) and tool.lstrip().startswith("{") else tool for tool in tools]
+    tools = [parse(tool.strip()) if isinstance(tool, str) and tool.strip()[:1] == "{" else tool for tool in tools]
     other = next((tool for tool in tools if not isinstance(tool, dict)), None)
     if other is not None or None in tools:
         raise Bad(f'"tools" has an entry that is {kind_of(other)}. Each has to be an object that describes a tool.')

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from common import attention
 from common.attention import causal_lm_of
 from common.chat import Chat, load_tokenizer
-from common.checkpoint import flush, numbered, put_in_place
+from common.checkpoint import checkpoints, flush, put_in_place
 from common.config import is_hub_name
 from common.faults import UserError
 from common.forked import cores
@@ -87,8 +87,10 @@ def find_model(path: str) -> Place:
         if (place / "shards").is_dir():
             raise UserError(f"{path}: a checkpoint in shards, which only 03_sft.py reads (--resume_from_checkpoint). "
                             f"The finished model is in {place.parent}.")
-        if not (place / "config.json").exists() and (place / "run.json").exists() and (there := numbered(place)):
-            raise UserError(f"{path}: the run is not finished, but {there[-1]} can be used.")
+        if not (place / "config.json").exists() and (place / "run.json").exists():
+            there = [checkpoint for checkpoint in checkpoints(place) if not (checkpoint / "shards").is_dir()]
+            way = f", but {there[-1]} can be used" if there else "; go on with it: --resume_from_checkpoint"
+            raise UserError(f"{path}: the run is not finished{way}.")
         if not (place / "config.json").exists():
             raise UserError(f"{path}: no model in this directory (config.json is missing). Give the directory that "
                             "scripts/02_pretrain.py or save_pretrained wrote, or a Hub id.")
@@ -280,8 +282,11 @@ def compile_layers(model: PreTrainedModel) -> str:
     return f"compile: {len(layers)} layers, at their first use (the first step takes longer)"
 
 
-def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) -> nn.Module:
-    """Wrap the model with a fresh LoRA adapter that also trains the rows of new tokens, tied or not."""
+def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int], loaded: bool = True) -> nn.Module:
+    """Wrap the model with a fresh LoRA adapter that also trains the rows of new tokens, tied or not.
+
+    loaded: it has its weights; without them what its configuration calls tied may not be so in its file.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = config.lora_target_modules
@@ -299,7 +304,7 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int]) ->
         if unknown:  # PEFT says so only where none of them is there
             raise UserError(f"--{flag} {' '.join(unknown)}: there is no such module in a {model.config.model_type} "
                             f"model. It has {', '.join([*linear, *names])}.")
-    _check_ends([] if isinstance(targets, str) else targets, set(names), saved, tied, bool(token_ids))
+    _check_ends([] if isinstance(targets, str) else targets, set(names), saved, tied and loaded, bool(token_ids))
     whole = set(names) if tied and saved & set(names) else saved  # tied: what trains one whole trains the other
     rows = {name: token_ids for name in names if name not in whole} if token_ids else None
     for name in rows or ():
@@ -330,10 +335,10 @@ def planned_parameters(config: SftConfig, base: object, chat: Chat) -> tuple[int
     base: its configuration. Raises UserError for an adapter that does not fit it.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(base))  # it is changed where embeddings grow
     with torch.random.fork_rng(devices=[]):  # PEFT draws the adapter's first weights
         token_ids, _ = add_tokens(model, chat, config.seed)
-        return count_parameters(add_lora(model, config, token_ids) if config.use_lora else model)
+        return count_parameters(add_lora(model, config, token_ids, loaded=False) if config.use_lora else model)
 
 
 def _check_ends(targets: list[str], names: set[str], saved: set[str], tied: bool, new_tokens: bool) -> None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-import re
+from dataclasses import replace
 from itertools import islice
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -65,11 +65,15 @@ def _not_shown(chat: Chat, rows: list[Row], template: str) -> list[str]:
     if unseen:
         lines.append(f"template: {unseen:,} of the first {len(rows):,} rows bring tools, which {template} does not "
                      "show: the model learns calls of what it is not told. Give a template that does")
-    thoughts = sum(any("reasoning_content" in m for m in row.messages or []) for row in rows)
-    if thoughts and not re.search(r"\b(reasoning_content|thinking)\b", chat.template):
-        lines.append(f"template: {thoughts:,} of the first {len(rows):,} rows bring reasoning_content, which "
+    thoughts = [row for row in rows if any("reasoning_content" in m for m in row.messages or [])]
+    if thoughts and not any(chat.rendered(row) != chat.rendered(_unthought(row)) for row in thoughts[:20]):
+        lines.append(f"template: {len(thoughts):,} of the first {len(rows):,} rows bring reasoning_content, which "
                      f"{template} does not show: it is not learnt. Give a template that does")
     return lines
+
+
+def _unthought(row: Row) -> Row:
+    return replace(row, messages=[{k: v for k, v in m.items() if k != "reasoning_content"} for m in row.messages])
 
 
 def prove(chat: Chat, rows: list[Row]) -> dict[str, int]:

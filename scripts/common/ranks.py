@@ -261,7 +261,8 @@ def launcher_words() -> list[str]:
 
 def launchers_patience() -> list[str]:
     """A line where a launcher kills its processes before a checkpoint may be written."""
-    known = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ
+    known = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ or any(
+        word.startswith(("--shutdown-timeout", "--shutdown_timeout")) for word in launcher_words())
     return [] if known else ["note: this launcher kills its processes 30 s after it is asked to stop. If a step and a "
                              "checkpoint may take longer, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT (seconds) before it "
                              "starts"]

@@ -358,7 +358,8 @@ def _messages_or_text(cell: object) -> object:
         found = parse(cell.strip())
     except Bad:  # a text that begins so
         return cell
-    messages = isinstance(found, list) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in found)
+    messages = isinstance(found, list) and all(isinstance(m, dict) and any(
+        keys <= m.keys() for keys in ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})) for m in found)
     return found if messages else cell
 
 

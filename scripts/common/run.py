@@ -45,6 +45,7 @@ from common.model import (
     model_config,
     read_full,
     round_frozen,
+    rows_of_adapter,
     save_adapter,
     save_full,
     saved_dtype,
@@ -249,6 +250,9 @@ def continued_adapter(config: SftConfig, adapter: str) -> list[str]:
     if found.get("peft_type") != "LORA":
         raise UserError(f"--init_from {adapter}: its adapter is of the kind {found.get('peft_type')}, and only LoRA is "
                         "trained here. Merge it with the library that made it, and start from the merged model.")
+    if rows_of_adapter(adapter) > model_config(adapter).get_text_config().vocab_size:
+        raise UserError(f"--init_from {adapter}: it brings embeddings with more rows than its base has, and would go "
+                        "on without them. Merge it with scripts/04_merge_lora.py and start from the merged model.")
     theirs = {"lora_r": found["r"], "lora_alpha": found["lora_alpha"], "lora_dropout": found["lora_dropout"],
               "use_rslora": found.get("use_rslora", False), "use_dora": found.get("use_dora", False),
               "lora_target_modules": sorted(target if isinstance(target := found.get("target_modules") or [], list)

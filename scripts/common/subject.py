@@ -109,7 +109,7 @@ def saved_template(own: str, asked: str | None) -> tuple[str, str]:
     if asked.endswith((".yaml", ".yml")):
         same = saved.endswith(load_chat(own, asked).template)
     else:
-        same = source.is_file() and saved.strip().endswith(source.read_text(encoding="utf-8").strip())
+        same = source.is_file() and saved.strip().endswith(source.read_text(encoding="utf-8-sig").strip())
     if same:
         return "model", f"{asked}, as saved with the model"
     return asked, f"{asked}, which is not the one saved with the model"
