@@ -71,7 +71,7 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     from common.chat import load_chat
     from common.explain import explain_step
     from common.identity import first_start
-    from common.model import check_vocabulary, model_config
+    from common.model import check_unquantized, check_vocabulary, grows, model_config
     from common.prove import prove_chat
     from common.push import check_alone
     from common.ranks import on_main
@@ -92,8 +92,9 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
     check_vocabulary(base, chat, source)
     check_new_tokens(config, chat, source)
     check_length(config, base)
-    check_alone(config, grows=len(chat.tokenizer) > base.get_text_config().vocab_size)
-    size = describe_size(config, base, chat, source)
+    check_unquantized(base, source)
+    check_alone(config, grows=grows(base, chat))
+    size, parameters = describe_size(config, base, chat, source)
 
     material = gather_material(run, chat, base)
     if config.explain_step:
@@ -104,11 +105,11 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
         run.say(f"template: {config.prompt_template}, in place of that which {config.tokenizer_path or config.source} "
                 "brings (--prompt_template model keeps that)")
     run.say(*chat.notes, *show.describe_data(material), show.describe_plan(material),
-            show.describe_memory(run, base, chat, material))
+            show.describe_memory(run, base, chat, material, parameters))
     run.say(*show.show_example(material, chat))
     run.say(*prove_chat(config, chat, material, base))
     if config.dry_run:
-        run.say(*size)
+        run.say(size)
     if config.export_rendered:
         run.say(*on_main(run.watch, lambda: export(run, material, chat)))
     if config.dry_run:
@@ -174,17 +175,19 @@ def opened_directory(run: Run, chat: Chat, material: Material) -> Iterator[Opene
     config = run.config
     with ExitStack() as held:
         def open_it() -> tuple[Opened, bool]:
-            with run.watch.alive():  # checkpoints are read whole
-                return opened_first()
-
-        def opened_first() -> tuple[Opened, bool]:
             held.enter_context(RunLock(run.directory, run.say))
             described = describe_run(run, material, chat)
-            opened = open_run_dir(run.directory, config.resume_from_checkpoint, config.overwrite_output_dir,
-                                  check=lambda found: check_unchanged(run, described, found), say=run.say)
+            with run.watch.alive():  # checkpoints are read whole
+                opened = open_run_dir(run.directory, config.resume_from_checkpoint, config.overwrite_output_dir,
+                                      check=lambda found: check_unchanged(run, described, found), say=run.say)
             new = not (run.directory / "run.json").exists()
-            if opened.kind != "finished":
-                leave_plan(run, described, material)
+            try:
+                if opened.kind != "finished":
+                    leave_plan(run, described, material)
+            except OSError as fault:  # half a plan would pass for a run
+                if new:
+                    forget_plan(run)
+                raise disk_fault(fault, run.directory) from None
             return opened, new
 
         opened, new = on_main(run.watch, open_it)
@@ -292,7 +295,10 @@ def resume_command(run: Run) -> str:
 
 def check_files(config: SftConfig) -> None:
     """Every file that is named exists, here or on the Hub; all that are missing here are named at once."""
+    from common.sources import check_prepared
+
     named = [*config.all_dataset_paths(), *config.val_dataset_paths]
+    check_prepared(named)
     if folders := [path for path in named if Path(path).is_dir()]:
         raise UserError(f"{folders[0]}: is a directory. Name the files in it.")
     missing = [path for path in named if not Path(path).is_file() and not is_hub_name(path)]
@@ -340,27 +346,27 @@ def check_new_tokens(config: SftConfig, chat: Chat, source: str) -> None:
                         "trained with, or merge it with scripts/04_merge_lora.py and start from the merged model.")
 
 
-def describe_size(config: SftConfig, base: object, chat: Chat, source: str) -> list[str]:
-    """A line about the parameters that are trained, where they can be known before the weights are there. Raises
-    UserError for an adapter that does not fit the model."""
+def describe_size(config: SftConfig, base: object, chat: Chat, source: str) -> tuple[str, int | None]:
+    """A line about the parameters that are trained, and all of them, where they can be known before the weights are
+    there. Raises UserError for an adapter that does not fit the model."""
     from common.model import find_model, planned_parameters
     from common.run import continued_adapter
     from common.zero import is_zero
 
     adapter = find_model(source).adapter
     if adapter and config.use_lora:
-        return continued_adapter(config, adapter)
+        return continued_adapter(config, adapter)[0], None
     if is_zero():  # there transformers cuts every model that is made
-        return []
+        return f"model {config.source}: DeepSpeed makes it, so its parameters are counted when it is there", None
     try:
         total, trained = planned_parameters(config, base, chat)
     except UserError:
         raise
     except Exception as fault:  # not every model can be made without weights
-        return [f"model {config.source}: its parameters are not known before its weights are there "
-                f"({type(fault).__name__})"]
-    return [f"model {config.source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
-            f"({'LoRA' if config.use_lora else 'full'})"]
+        return (f"model {config.source}: its parameters are not known before its weights are there "
+                f"({type(fault).__name__})"), None
+    return (f"model {config.source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
+            f"({'LoRA' if config.use_lora else 'full'})"), total
 
 
 def check_length(config: SftConfig, base: object) -> None:

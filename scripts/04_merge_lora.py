@@ -54,6 +54,8 @@ class MergeConfig:
 
 def main(argv: list[str]) -> int:
     config = parse(MergeConfig, argv, __doc__, config_flag=None)
+    if config.config_path and not Path(config.config_path).is_file():
+        raise UserError(f"{config.config_path}: no such file. --config_path takes the run.json of a run.")
     run = Path(config.model_path) if config.model_path else Path(config.config_path).parent
     if not run.is_dir():
         raise UserError(f"{run}: no such directory. --model_path takes the directory of an adapter.")
@@ -71,9 +73,10 @@ def main(argv: list[str]) -> int:
 
     check_writable(output.parent, "--output_dir")
     repo = check_push(config.push_to_hub, str(run)) if config.push_to_hub else None
-    from common.model import load_model, merge_and_save, quiet_libraries, saved_dtype
+    from common.model import check_unquantized, load_model, merge_and_save, model_config, quiet_libraries, saved_dtype
 
     quiet_libraries()
+    check_unquantized(model_config(str(run)), str(run))
     chat = chat_of(run, config.prompt_template)
     model = load_model(str(run), dtype="auto")
     dtype = saved_dtype(model.config, config.merge_dtype)

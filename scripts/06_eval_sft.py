@@ -33,6 +33,7 @@ from common.faults import CheckFailed, UserError, run_main
 from common.hub import local_rows
 from common.outputs import check_no_input, check_writable
 from common.settings import TEMPLATES
+from common.sources import check_prepared
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,6 +129,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{', '.join(missing)}: no such file. Check --{name}" + (
                 ", or make it with scripts/prepare_sft_datasets.py." if name == "dataset_paths" else "."))
 
+    check_prepared(config.dataset_paths)
     config.dataset_paths = [local_rows(path, Path("data/cache")) for path in config.dataset_paths]
     from common.allocator import tune_allocator
     from common.model import quiet_libraries, use_cores

@@ -135,7 +135,8 @@ def test_rows_that_would_lie_behind_each_other_are_proven_so():
     it, see each other; Mamba's state leaks less than the tolerance."""
     trained = np.ones(8, bool)
     examples = [Encoded(np.arange(5, 13), trained), Encoded(np.arange(8), trained)]
-    for name, own in (("bloom", {"n_layer": 2, "n_head": 2}), ("mamba", {"state_size": 8, "time_step_rank": 4})):
+    for name, own in (("bloom", {"n_layer": 2, "n_head": 2}), ("mamba", {"state_size": 8, "time_step_rank": 4}),
+                      ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3})):
         config = AutoConfig.for_model(name, **{**SIZES, **own}, vocab_size=60)
         model = LossModel(AutoModelForCausalLM.from_config(config), "sdpa")
         choose_attention(model, examples, 0, "auto", packing=False)

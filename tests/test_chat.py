@@ -18,6 +18,7 @@ from common.subject import saved_template
 
 TEMPLATES = ("chatml", "instruct", "chat", "raw")
 KINDS = ("spm_unigram", "spm_bpe", "spm_lossy", "byte_level")
+TURNS_OF_ONE = [{"role": "user", "content": "the cat"}]
 TURNS = [("system", "be good"), ("user", "the cat"), ("assistant", "the dog sees")]
 
 # Worked out by hand: the template's text cut at control tokens, each stretch in the tokenizer's pieces. / begins and
@@ -596,6 +597,29 @@ def test_the_default_of_several_templates_is_taken(byte_level: str, tmp_path: Pa
     assert chat.template == source and "others: rag" in chat.notes[0]
     with pytest.raises(UserError, match="several chat templates, none of them called default"):
         load_chat(str(tmp_path / "rag"), "model")
+
+
+def test_a_block_may_reach_beyond_the_end_of_the_turn(byte_level: str, tmp_path: Path) -> None:
+    """SmolLM3 writes a newline behind the end into its generation block: it was told that it never learns to stop."""
+    chat = with_source(byte_level, tmp_path, "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+                       "{{ m.content + eos_token + '\n' }}{% endgeneration %}{% else %}{{ m.content + '\n' }}"
+                       "{% endif %}{% endfor %}")
+    assert chat.end_id == chat.eos_id
+
+
+@pytest.mark.parametrize("source, begins", [("{{ m.content + eos_token }}", True),
+                                            ("{{ bos_token + m.content + eos_token }}", False),
+                                            ("{{ '<s>' + m.content + eos_token }}", False)])
+def test_a_template_file_begins_as_the_tokenizer_does(spm_unigram: str, tmp_path: Path, source: str,
+                                                      begins: bool) -> None:
+    """chatml.jinja by its path and chatml by its name give the same ids: BOS once, where the tokenizer adds one."""
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}" + source + "{% endfor %}")
+    chat = load_chat(spm_unigram, str(tmp_path / "own.jinja"))
+    ids = chat.encode_rows([row(("user", "a"), ("assistant", "b"))])[0].input_ids.tolist()
+    assert ids[0] == chat.bos_id != ids[1] and chat.template.startswith("{{- bos_token") == begins
+    shipped = Path(render.__file__).parents[2] / "config" / "templates" / "instruct.jinja"
+    assert load_chat(spm_unigram, str(shipped)).prompt_ids(TURNS_OF_ONE) == \
+        load_chat(spm_unigram, "instruct").prompt_ids(TURNS_OF_ONE)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_template(byte_level: str, tmp_path: Path) -> None:

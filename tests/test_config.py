@@ -304,6 +304,9 @@ def test_impossible_stages_are_refused(write, stage, says):
     ("--val_split_ratio 0 --early_stopping_patience 2", "there are no validation rows"),
     ("--val_split_ratio 0.6 --test_split_ratio 0.5", "leave nothing to train on"),
     ("--val_split_ratio 0 --eval_steps 5", "--eval_steps: it has no effect"),
+    ("--val_split_ratio 0 --per_device_eval_batch_size 4", "--per_device_eval_batch_size: it has no effect"),
+    ("--dry_run --verify_resume", "--dry_run --verify_resume: each of them is a task of its own"),
+    ("--explain_step 2 --export_rendered x.jsonl", "no effect with --explain_step"),
     ("--val_split_ratio 0.1 --val_dataset_paths v.jsonl", "Leave one of them out"),
     ("--val_dataset_paths a.jsonl", "a.jsonl is trained on as well"),
     ("--val_from aa", "Did you mean a?"),
@@ -356,6 +359,9 @@ def test_a_file_for_both_modes_gives_way_to_the_command_line(write):
     config = sft("--config_path", write({"warmup_steps": 5}), "--warmup_ratio", "0.2")
     assert (config.warmup_ratio, config.warmup_steps) == (0.2, 0)
     assert sft("--val_dataset_paths", "v.jsonl").val_split_ratio == 0.0
+    path = write({"init_from": "./old", "model_path": "./old"})  # as the run.json of such a run
+    assert sft("--config_path", path).source == "m"
+    assert sft("--config_path", path, "--dataset_paths", "a.jsonl", needed=False).source.endswith("old")
 
 
 def test_the_learning_rate_follows_the_mode():

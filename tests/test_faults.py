@@ -422,14 +422,32 @@ def test_too_little_memory_is_one_sentence(bench, tmp_path, step):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
 
     run = tmp_path / "run"
-    said = ended(bench.run(run, *FULL, patch=hold_at(step, give_up)), 2)
+    said = ended(bench.run(run, *FULL, "--report_to", "tensorboard", patch=hold_at(step, give_up)), 2)
     assert "error: the memory does not suffice (CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
     assert "--gradient_checkpointing" in said and "Traceback" not in said
     if step == 1:
+        assert names(run) == []
         ended(bench.run(run, *FULL, "--max_seq_length", 64), 0)  # what is mended need not overwrite anything
     else:
         assert read_status(run)["exit_status"] == 2
         ended(bench.run(run, *FULL, "--gradient_checkpointing", RESUME), 0)
+
+
+def test_full_disk_before_the_first_step(bench, tmp_path):
+    """A plan half written is taken for a run, and the same command is refused when there is room again."""
+    def patch() -> None:
+        import errno
+
+        import common.leave as leave
+
+        def write_jsonl(path: Path, rows: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        leave.write_jsonl = write_jsonl
+
+    run = tmp_path / "run"
+    said = ended(bench.run(run, *FULL, patch=patch), 74)
+    assert "Make room" in said and "Traceback" not in said and names(run) == []
+    ended(bench.run(run, *FULL), 0)
 
 
 ENDLESS = ("--max_steps", 20000, "--save_steps", 20000, "--eval_steps", 20000)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -149,6 +150,24 @@ def test_the_line_names_the_parts() -> None:
 def test_the_sizing_table() -> None:
     """Guards against a table that lags behind the formula. Mend it with: python tests/test_memory.py"""
     assert between("sizing") == sizing_table()
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4", "gpt_oss", "qwen3_moe", "mamba", "bloom", "opt", "lfm2"])
+def test_unusual_configurations_have_a_shape(name):
+    """Guards against a traceback after all rows are tokenised: layers of Gemma 4 and 3n differ in size."""
+    from transformers import AutoConfig
+
+    shape = shape_of(AutoConfig.for_model(name))
+    assert shape.parameters > 0 and shape.inner > 0
+
+
+def test_weights_beside_the_layers_are_counted():
+    """Guards against experts that are not counted: 8 GiB said, 115 needed."""
+    shape, load = Shape(64, 128, 2, 2, 2, 32, 1000, False), Load(100, 50)
+    for lora_r in (None, 4):
+        with_more, without = (needed(shape, load, lora_r=lora_r, bf16=False, more=n) for n in (10**6, 0))
+        assert with_more["weights"] - without["weights"] == 4 * 10**6
+        assert with_more["optimizer"] - without["optimizer"] == (0 if lora_r else 8 * 10**6)
 
 
 if __name__ == "__main__":

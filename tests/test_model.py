@@ -19,8 +19,10 @@ from common.loss import LossModel, batch_inputs, make_batch
 from common.model import (
     add_lora,
     add_tokens,
+    check_unquantized,
     check_vocabulary,
     find_model,
+    grows,
     load_model,
     merge_and_save,
     model_config,
@@ -30,6 +32,7 @@ from common.model import (
     save_full,
     saved_dtype,
     set_special_ids,
+    towers_of,
 )
 from common.rows import Row
 from common.settings import SftConfig
@@ -221,6 +224,56 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, chat: object, s
     other = load_chat(spm_bpe, "chatml")
     with pytest.raises(UserError, match="disagree"):
         check_vocabulary(AutoConfig.from_pretrained(place), other, place)
+
+
+def test_a_token_that_the_model_has_no_row_for_and_no_text_gives(tmp_path: Path, chat: object,
+                                                                 spm_unigram: str) -> None:
+    """Bug: Gemma 3 270m and 1b, whose tokenizer has one token more, for images, are told to be another model's."""
+    own = load_chat(spm_unigram, "raw")
+    own.tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    place = make_llama(tmp_path / "base", len(own.tokenizer) - 1)
+    own.save(place)
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    for name in (str(template), "chatml"):
+        given, config = load_chat(place, name), AutoConfig.from_pretrained(place)
+        check_vocabulary(config, given, place)
+        assert grows(config, given) == (name == "chatml")
+    own.tokenizer.add_tokens(["plain"])  # which a text may give
+    own.save(place)
+    with pytest.raises(UserError, match="another model"):
+        check_vocabulary(AutoConfig.from_pretrained(place), load_chat(place, str(template)), place)
+
+
+def test_what_stands_beside_a_decoder_of_text_is_left_alone(tmp_path: Path) -> None:
+    """Bug: Gemma 3's eyes get adapters that text never trains; DDP waits for their gradients for ever."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 60}
+    base = AutoConfig.for_model("gemma3", text_config=text,
+                                vision_config={**sizes, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(base)
+    assert towers_of(model) == ["model.vision_tower", "model.multi_modal_projector"]
+    tuned = add_lora(model, SftConfig(model_path="x", dataset_paths=["x"]), [])
+    trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 7 * 2 and all("language_model" in name for name in trained)
+    assert towers_of(AutoModelForCausalLM.from_pretrained(make_llama(tmp_path / "llama", 60))) == []
+
+
+def test_the_precision_of_a_nested_configuration() -> None:
+    """Bug: Qwen3.5's bf16 weights, which it names for its text alone, are left behind in fp32."""
+    config = AutoConfig.for_model("gemma3", text_config={"dtype": "bfloat16"})
+    assert saved_dtype(config, None) == torch.bfloat16 and saved_dtype(config, "float16") == torch.float16
+
+
+def test_models_that_cannot_be_trained_are_refused_before_their_weights(tmp_path: Path) -> None:
+    """Bug: tens of GB are fetched first, and the advice is to check the path."""
+    AutoConfig.for_model("qwen2_5_vl").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a qwen2_5_vl model, of which transformers makes no causal language model"):
+        model_config(str(tmp_path))
+    held = AutoConfig.for_model("llama", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UserError, match=r"quantized \(gptq\)"):
+        check_unquantized(held, "x")
+    check_unquantized(AutoConfig.for_model("llama", quantization_config={"quant_method": "mxfp4"}), "x")
 
 
 def test_lora_targets_that_do_not_exist_are_named(tmp_path: Path, chat: object) -> None:

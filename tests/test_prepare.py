@@ -401,6 +401,8 @@ def test_a_row_of_more_than_two_texts_keeps_all_of_it(raw, tmp_path, monkeypatch
     ({"output": "../x.jsonl"}, '"output" has to be a plain file name'),
     ({"top_k": "2"}, '"top_k" is a text, it has to be a whole number'),
     ({"source": ""}, '"source" (a Hub id) or "raw_dir" is missing'),
+    ({"form": "context", "columns": {"prompt": "x"}}, '"columns" has no effect on the form context'),
+    ({"reviewed": False}, '"reviewed" has no effect on the form prompt'),
     ({"filters": [{"column": "x"}]}, "a filter is"),
     ({"filters": [{"column": "x", "matches": "(", "action": "drop", "reason": "r"}]}, "no regular expression"),
 ])
@@ -515,3 +517,10 @@ def test_offline_is_one_sentence_a_data_set_within_seconds(tmp_path, environment
     for line, name in zip(sentences, ("dolly15k", "oasst1", "alpaca")):
         assert line.startswith(f"error: {name}: ") and "to DIR/" in line and "--raw_dir DIR" in line
     assert not (tmp_path / "sft").exists()
+
+
+def test_described_repositories_are_prepared_first():
+    """Guards against oasst1's messages, deleted and rejected ones too, that are learnt as plain text."""
+    sources.check_prepared(["ann/rows", "data/sft/dolly15k.jsonl"])
+    with pytest.raises(UserError, match="--dataset oasst1. Do that first, and name data/sft/oasst1_en.jsonl"):
+        sources.check_prepared(["OpenAssistant/oasst1@main"])

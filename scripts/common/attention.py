@@ -216,6 +216,13 @@ def _varlen_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bo
                        window_size=(window - 1, 0) if window else (-1, 0), **gqa)
 
 
+def has_state(causal_lm: nn.Module) -> bool:
+    """Whether something passes from token to token beside attention: Mamba's state, LFM2's convolution."""
+    kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None) or []
+    return bool(getattr(causal_lm, "_is_stateful", False)) or any(
+        "attention" not in kind or "linear" in kind for kind in kinds)
+
+
 def causal_lm_of(model: nn.Module) -> nn.Module:
     """The causal language model itself, without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -101,6 +101,8 @@ class Chat:
         if any(PROBE[p.turn]["role"] != "assistant" for p in answer):
             raise UserError(f"template {self.template_name}: it marks a user's text as trained. Put the marks around "
                             "the assistant's text alone; --train_on_prompt trains everything.")
+        while answer and not answer[-1].text.strip() and answer[-1].control is None and answer[-1].message is None:
+            answer.pop()  # SmolLM3's blocks reach to the newline behind the end
         if not answer or answer[-1].control is None:
             raise UserError(f"template {self.template_name}: what is trained of an answer does not end in a control "
                             "token, so a model could never learn to stop. End it with eos_token or a chat token.")
@@ -462,7 +464,9 @@ def _template_source(template: str, tokenizer: PreTrainedTokenizerFast, tokenize
         return own
     if template.endswith(".jinja"):
         try:
-            return Path(template).read_text(encoding="utf-8-sig")
+            source = Path(template).read_text(encoding="utf-8-sig")
+            brings = "bos_token" in source or (tokenizer.bos_token or "bos_token") in source
+            return _with_bos(source, adds_bos and not brings)
         except (OSError, UnicodeDecodeError) as fault:
             raise UserError(f"{template}: {getattr(fault, 'strerror', None) or fault}. --prompt_template takes "
                             f"{', '.join(BUILT_IN)}, model, or a .jinja or .yaml file.") from None

@@ -162,6 +162,9 @@ def collect_logs(result: Collected, reader: LogReader, source: str, filters: Fil
     if reader.damaged:
         result.rows_in += reader.damaged
         result.dropped["in a damaged log"] += reader.damaged
+    if reader.on_other_branches:
+        result.rows_in += reader.on_other_branches
+        result.dropped["on another branch than the open one"] += reader.on_other_branches
     result.n_bad, result.changed = reader.n_bad, reader.notes
     result.hashes = redact_all(reader.hashes, []) if redact else reader.hashes
     result.more = {"conversations_in": n_talks, "secrets": _report(places, redact)}

@@ -139,6 +139,11 @@ def _training_problems(c: SftConfig) -> list[str]:
     if c.train_on_prompt and c.assistant_turns == "last":
         found.append(f"{place(c, 'train_on_prompt')}: it trains every token, so that assistant_turns has no effect. "
                      "Leave one of them out.")
+    alone = [name for name in ("dry_run", "explain_step", "verify_resume") if getattr(c, name)]
+    if len(alone) > 1:
+        found.append(f"--{' --'.join(alone)}: each of them is a task of its own. Give one.")
+    if c.export_rendered and not c.dry_run and alone:
+        found.append(f"--export_rendered: it has no effect with --{alone[0]}. Leave one of them out.")
     if c.overwrite_output_dir and c.resume_from_checkpoint:
         found.append(f"{place(c, 'overwrite_output_dir')}: resume_from_checkpoint continues the run that this would "
                      "move aside. Leave one of them out.")
@@ -164,7 +169,8 @@ def _without_effect(c: SftConfig) -> list[str]:
         (("num_gen_samples", "max_new_tokens"), c.do_gen_test, "nothing is generated. Add --do_gen_test"),
         (("early_stopping_threshold",), bool(c.early_stopping_patience),
          "early stopping is off. Add --early_stopping_patience"),
-        (("eval_steps",), c.validates(), "there are no validation rows. Set --val_split_ratio above 0"),
+        (("eval_steps", "per_device_eval_batch_size"), c.validates(),
+         "there are no validation rows. Set --val_split_ratio above 0"),
     )
     return [f"{place(c, name)}: it has no effect: {reason}."
             for names, used, reason in groups if not used for name in names if level(c, name) == 2]

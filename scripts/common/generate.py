@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from common.attention import causal_lm_of, set_ordinary_attention
+from common.attention import causal_lm_of, has_state, set_ordinary_attention
 from common.faults import NotFinite, UserError
 from common.model import rope_limit
 
@@ -83,7 +83,7 @@ def generate(model: nn.Module, prompts: list[list[int]], *, max_new_tokens: int 
     answers = [Generated(cut=r < m) for r, m in zip(room, most)]
     report = progress or (lambda n: None)
     report(sum(r == 0 for r in room))
-    same_length = _is_recurrent(causal_lm)
+    same_length = has_state(causal_lm)  # padding would pass through it
     was_training = model.training
     model.eval()
     try:
@@ -181,12 +181,6 @@ def _keep_rows(cache: DynamicCache, index: torch.Tensor) -> None:
             layer.reorder_cache(index)
         else:
             layer.batch_select_indices(index)
-
-
-def _is_recurrent(causal_lm: nn.Module) -> bool:
-    """Whether padding would pass through a state (Mamba and its like): then only equal lengths share a batch."""
-    kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None) or []
-    return bool(getattr(causal_lm, "_is_stateful", False)) or any("attention" not in kind for kind in kinds)
 
 
 def _batches(prompts: list[list[int]], room: list[int], batch_size: int, max_batch_tokens: int,

@@ -136,7 +136,7 @@ class LastLayer:
     """
 
     def __init__(self, model: nn.Module):
-        layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), [None])
+        layers = next((m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)), [None])
         found = (reduce(lambda part, name: getattr(part, name, None), path, layers[-1])
                  for path in (("self_attn", "q_proj"), ("self_attn", "o_proj"), ("mlp",)))
         self.modules = [module for module in found if module is not None and _arguments(module) == 1]

@@ -48,7 +48,8 @@ def leave_plan(run: Run, described: dict, material: Material) -> None:
 def forget_plan(run: Run) -> None:
     """Remove what was written before the first step, so that the mended command starts anew. run.json goes last: what
     is left by a kill half-way is known as a run."""
-    shutil.rmtree(run.directory / "base", ignore_errors=True)
+    for name in ("base", "tensorboard"):
+        shutil.rmtree(run.directory / name, ignore_errors=True)
     for name in ("plan.json", "val.jsonl", "test.jsonl", "run_status.json", "run.json"):
         (run.directory / name).unlink(missing_ok=True)
 

@@ -111,7 +111,8 @@ class LogReader:
     """Iterate over the conversations of log files; then hashes (file -> sha256), n_bad, bad and notes stand.
 
     Findings name the place under `folder`. Raises UserError at the end if lines are damaged, unless skip_bad_rows: then
-    their conversations are left out, and `damaged` counts the assistant messages in what could be read of them.
+    their conversations are left out, and `damaged` counts the assistant messages in what could be read of them;
+    `on_other_branches` those of ChatGPT's conversations that are not on the branch that was open.
     """
 
     form: str
@@ -123,7 +124,7 @@ class LogReader:
     def __post_init__(self) -> None:
         self.hashes: dict[str, str] = {}
         self.bad: list[str] = []
-        self.n_bad = self.n_read = self.damaged = 0
+        self.n_bad = self.n_read = self.damaged = self.on_other_branches = 0
         self.notes: Counter[str] = Counter()
         self.message_reader = MessageReader(self.role_map)
 
@@ -223,11 +224,10 @@ class LogReader:
                 for key, node in nodes:
                     self._add_node(talk, node, f"{place} message {key}")
                     talk.when = _latest(talk.when, node)
+                self.on_other_branches += _answers_in(record) - _answers_of(node.get("author") for _, node in nodes)
             except Bad as fault:
                 self._bad_at(records, place, fault)
-                nodes = record["mapping"].values() if isinstance(record.get("mapping"), dict) else ()
-                messages = (node.get("message") for node in nodes if isinstance(node, dict))
-                self.damaged += _answers_of(m.get("author") for m in messages if isinstance(m, dict))
+                self.damaged += _answers_in(record)
                 continue
             yield talk
 
@@ -279,6 +279,13 @@ class LogReader:
 def _answers_of(speakers: Iterable[object]) -> int:
     """How many of these objects, damaged ones too, have the role of the assistant."""
     return sum(isinstance(each, dict) and each.get("role") == "assistant" for each in speakers)
+
+
+def _answers_in(record: dict) -> int:
+    """The assistant's messages in all branches of an exported conversation, a damaged one too."""
+    nodes = record["mapping"].values() if isinstance(record.get("mapping"), dict) else ()
+    messages = (node.get("message") for node in nodes if isinstance(node, dict))
+    return _answers_of(message.get("author") for message in messages if isinstance(message, dict))
 
 
 def _open_branch(record: dict) -> list[tuple[str, dict]]:

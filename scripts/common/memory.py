@@ -75,8 +75,11 @@ class Shape:
 def shape_of(config: object, vocabulary: int = 0) -> Shape:
     """The shape of a model's configuration; vocabulary: rows of the embeddings where the tokenizer brings more."""
     text = config.get_text_config()
+    if getattr(text, "is_heterogeneous", False):  # layers differ (Gemma 4): the first one's
+        text = text.per_layer_config[0]
     heads = getattr(text, "num_attention_heads", None) or 1  # a state-space model has none: a rough shape
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    inner = max(inner) if isinstance(inner, (list, tuple)) else inner  # Gemma 3n: one for each layer
     return Shape(text.hidden_size, inner, text.num_hidden_layers, heads,
                  getattr(text, "num_key_value_heads", None) or heads,
                  getattr(text, "head_dim", None) or text.hidden_size // heads, max(text.vocab_size, vocabulary),
@@ -121,16 +124,17 @@ def largest_load(plan: Plan, rows: int, on_cpu: bool) -> Load:
 
 def needed(shape: Shape, load: Load, *, lora_r: int | None, bf16: bool, checkpointing: bool = False,
            in_4bit: bool = False, dora: bool = False, optim: str = "adamw", processes: int = 1, sharded: bool = False,
-           on_cpu: bool = True) -> dict[str, int]:
-    """Bytes on one process, by what they are for. lora_r: None for full fine-tuning. load: of a micro-batch."""
+           on_cpu: bool = True, more: int = 0) -> dict[str, int]:
+    """Bytes on one process, by what they are for. lora_r: None for full fine-tuning. load: of a micro-batch. more:
+    weights that the shape does not tell of (experts); they stay in fp32."""
     lora = lora_r is not None
     matrices = shape.layers * shape.layer
     adapters = shape.layers * sum(lora_r * (a + b) for a, b in shape.matrices.values()) if lora else 0
-    trained = adapters if lora else shape.parameters
+    trained = adapters if lora else shape.parameters + more
     share = processes if sharded else 1
     rounded = lora and bf16 and not (sharded or dora)  # as round_frozen does
     per_weight = 0.55 if in_4bit else 2 if rounded else 4
-    weights = (4 * (shape.parameters - matrices) + int(per_weight * matrices) + 4 * adapters) // share
+    weights = (4 * (shape.parameters + more - matrices) + int(per_weight * matrices) + 4 * adapters) // share
     gradients = 4 * trained * (2 if processes > 1 and not sharded else 1) // share
     states = (8 * trained if optim == "adamw" else 0) // share
     mode = "full" if not lora else "PEFT" if sharded or dora or in_4bit else "LoRA"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from common.settings import SftConfig
 
 MERGE_TOLERANCE = 1e-5  # difference of merged and adapter logits in fp32, as a share of the largest logit
+DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # formats that models are published in
 SPARE_ROWS = 1024  # embeddings are padded to multiples of 64 to 512; more unused rows mean another tokenizer
 
 
@@ -102,8 +103,37 @@ def find_model(path: str) -> Place:
 
 
 def model_config(path: str) -> object:
-    """The model's configuration without its weights."""
-    return _from_pretrained(AutoConfig, find_model(path).base)
+    """The model's configuration without its weights. Raises UserError for what is no causal language model."""
+    config = _from_pretrained(AutoConfig, find_model(path).base)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{path}: a {config.model_type} model, of which transformers makes no causal language model. "
+                        "Take one of text alone.")
+    return config
+
+
+def grows(config: object, chat: Chat) -> bool:
+    """Whether the model's embeddings get rows for new tokens."""
+    return bool(chat.added_tokens) and len(chat.tokenizer) > config.get_text_config().vocab_size
+
+
+def check_unquantized(config: object, path: str) -> None:
+    """Refuse weights that lie quantized in their files: they could be neither trained nor merged exactly."""
+    held = getattr(config, "quantization_config", None)
+    method = held and (held.get("quant_method") if isinstance(held, dict) else held.quant_method)
+    method = getattr(method, "value", method)
+    if method and method not in DEQUANTIZED:
+        raise UserError(f"{path}: its weights are quantized ({method}), so that they can be neither trained nor merged "
+                        "exactly. Name the 16-bit model it was made from; --load_in_4bit quantizes that.")
+
+
+def _as_trained(config: object) -> dict[str, object]:
+    """Options to load weights that lie in 4 or 8 bits in their files in the precision that they stand for."""
+    import transformers
+
+    held = getattr(config, "quantization_config", None)
+    method = held and (held.get("quant_method") if isinstance(held, dict) else held.quant_method)
+    name = DEQUANTIZED.get(getattr(method, "value", method))
+    return {"quantization_config": getattr(transformers, name)(dequantize=True)} if name else {}
 
 
 def rope_limit(config: object) -> int | None:
@@ -126,7 +156,7 @@ def load_model(path: str, *, dtype: torch.dtype | str = torch.float32, trainable
     the base's matrices as NF4 (QLoRA, arXiv:2305.14314). empty: on the meta device, its base without weights.
     """
     place = find_model(path)
-    options = {"quantization_config": _four_bits()} if in_4bit else {}
+    options = {"quantization_config": _four_bits()} if in_4bit else _as_trained(model_config(place.base))
     if empty:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config(place.base), dtype=dtype).eval()
@@ -187,12 +217,8 @@ def _loaded(path: str, load: Callable[[], object]) -> object:
 def check_vocabulary(config: object, chat: Chat, model_path: str) -> None:
     """Refuse a tokenizer of another model, before any weight is loaded; tokens that the model was given when it was
     trained are not new to it, so they leave `chat.added_tokens`."""
-    known = len(chat.tokenizer) - len(chat.added_tokens)
-    rows = max(config.get_text_config().vocab_size, rows_of_adapter(find_model(model_path).adapter))
-    if known > rows:
-        raise UserError(f"{model_path}: the model knows {rows:,} token ids, the tokenizer {known:,}: it belongs to "
-                        "another model. Give the model's own tokenizer with --tokenizer_path.")
-    place = find_model(model_path)
+    known, place = len(chat.tokenizer) - len(chat.added_tokens), find_model(model_path)
+    rows = max(config.get_text_config().vocab_size, rows_of_adapter(place.adapter))
     beside = next((directory for directory in filter(None, (place.adapter, place.base)) for name in (
         "tokenizer.json", "tokenizer.model") if (Path(directory) / name).exists()), None)
     if beside:
@@ -204,7 +230,14 @@ def check_vocabulary(config: object, chat: Chat, model_path: str) -> None:
                             f"{len(own):,} tokens (for example {differ[0]!r}). Give the tokenizer that the model was "
                             "trained with.")
         chat.added_tokens = [token for token in chat.added_tokens if token not in own]
-    elif rows - known > SPARE_ROWS:
+    # small Gemma 3 models have the tokenizer of the large ones, with a token for images that they do not know
+    spare = beside and {*range(rows, known)} <= chat.control_ids - {chat.bos_id, chat.pad_id, *chat.stop_ids}
+    if known > rows and not spare:
+        raise UserError(f"{model_path}: the model knows {rows:,} token ids, the tokenizer {known:,}: it belongs to "
+                        "another model. Give the model's own tokenizer with --tokenizer_path.")
+    if beside:
+        return
+    if rows - known > SPARE_ROWS:
         raise UserError(f"{model_path}: the model has {rows:,} token ids and the tokenizer only {known:,}: it belongs "
                         "to another model. Give the model's own tokenizer with --tokenizer_path.")
 
@@ -266,7 +299,7 @@ def set_special_ids(model: PreTrainedModel, chat: Chat) -> None:
 
 def compile_layers(model: PreTrainedModel) -> str:
     """Compile each layer with torch.compile (attention stays as it is); return a line for the log."""
-    layers = next((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), [])
+    layers = next((m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)), [])
     if not len(layers):
         raise UserError(f"--compile: no list of layers in a {model.config.model_type} model. Leave --compile out.")
     named, usual = ("CXX", ("g++", "clang++")) if model.device.type == "cpu" else ("CC", ("gcc", "clang"))  # Triton's
@@ -312,11 +345,13 @@ def add_lora(model: PreTrainedModel, config: SftConfig, token_ids: list[int], lo
             raise UserError(f"--use_lora: the head of a {model.config.model_type} model has a bias, beside which rows "
                             f"of new tokens cannot be trained. Set --modules_to_save {name}, take a --prompt_template "
                             "without new tokens (instruct), or --no_lora.")
+    towers = "|".join(map(re.escape, towers_of(model)))
     try:
         return get_peft_model(model, LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets,
             modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
             use_rslora=config.use_rslora, use_dora=config.use_dora, task_type="CAUSAL_LM",
+            exclude_modules=rf"({towers})(\..*)?" if towers else None,
             trainable_token_indices=rows or None, ensure_weight_tying=tied and bool(saved & set(names))))
     except ValueError as fault:
         reason = str(fault).splitlines()[0]
@@ -357,6 +392,14 @@ def _check_ends(targets: list[str], names: set[str], saved: set[str], tied: bool
             raise UserError(f"--lora_target_modules {name}: rows of new tokens are trained there, beside which there "
                             f"can be no adapter. Leave it out, {whole}, or take a --prompt_template without new tokens "
                             "(instruct).")
+
+
+def towers_of(model: PreTrainedModel) -> list[str]:
+    """Names of what stands beside the decoder of text (eyes, ears): text alone gives it no gradient."""
+    body, decoder = model.base_model, model.get_decoder()
+    place = next((name for name, module in model.named_modules() if module is body), "")
+    return [f"{place}.{name}".lstrip(".") for name, child in body.named_children()
+            if body is not decoder and decoder not in {*child.modules()} and child not in {*decoder.modules()}]
 
 
 def round_frozen(model: nn.Module, dtype: torch.dtype) -> int:
@@ -455,7 +498,8 @@ def _largest_difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 def saved_dtype(config: object, asked: str | None) -> torch.dtype:
     """--merge_dtype, or the dtype of the base model's own weights."""
-    name = asked or str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    own = getattr(config, "dtype", None) or (config and getattr(config.get_text_config(), "dtype", None))
+    name = asked or str(own or "float32").removeprefix("torch.")
     return {"float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
             "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}[name]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
-from common.attention import PACKED, set_ordinary_attention
+from common.attention import PACKED, has_state, set_ordinary_attention
 from common.chat import Encoded
 from common.faults import UserError
 from common.loss import LossModel, make_batch
@@ -64,7 +64,7 @@ def choose_attention(loss_model: LossModel, examples: list[Encoded], pad_id: int
 def _candidates(model: nn.Module, asked: str, packing: bool) -> list[str]:
     """transformers' names of the attention paths to try, the fastest first."""
     names = {"auto": _preferences(model), "packed": [PACKED]}.get(asked, [asked])
-    if not getattr(model, "_is_stateful", False):
+    if not has_state(model):
         return names
     if packing:  # a small leak would pass for rounding
         raise UserError(f"model {model.config.model_type}: its state passes from one example of a row to the next. "

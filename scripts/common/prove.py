@@ -37,7 +37,8 @@ def prove_chat(config: SftConfig, chat: Chat, material: Material, base: object) 
         if found["unsafe"]:
             lines.append(f"tokenizer: {found['unsafe']:,} texts cannot be encoded by the converted tokenizer without "
                          "control ids; training uses SentencePiece itself")
-        lines.append(f"tokenizer: the converted one agrees with SentencePiece on {found['texts']:,} texts of your rows"
+        lines.append(f"tokenizer: the converted one agrees with SentencePiece on {found['texts']:,} texts of the first "
+                     "rows"
                      + (f" ({found['ties']} ties of equal score)" if found["ties"] else ""))
     if found["changed"]:
         lines.append(f"tokenizer: {found['changed'] / found['texts']:.1%} of {found['texts']:,} texts do not come "

@@ -41,6 +41,7 @@ from common.model import (
     compile_layers,
     count_parameters,
     find_model,
+    grows,
     load_model,
     model_config,
     read_full,
@@ -50,6 +51,7 @@ from common.model import (
     save_full,
     saved_dtype,
     set_special_ids,
+    towers_of,
 )
 from common.probe import choose_attention
 from common.ranks import Watch, on_main, start_processes
@@ -147,13 +149,13 @@ def load_run(run: Run, chat: Chat, material: Material, checkpoint: Path | None =
     base = model_config(config.at(config.source))
     run.export_dtype = saved_dtype(base, None)
     # tokens are added to whole weights; a base whose embeddings grow is loaded in 4 bits afterwards
-    grows = len(chat.tokenizer) > base.get_text_config().vocab_size
+    grow = grows(base, chat)
     if sharded:  # no device may hold it whole: it stays where it is until each process is given its part
         with run.watch.alive():  # a network disk may take any time
-            model = whole_on_main(run, lambda empty: build_model(run, chat, grows, empty))
+            model = whole_on_main(run, lambda empty: build_model(run, chat, grow, empty))
     else:
         with run.watch.alive():
-            model = build_model(run, chat, grows)
+            model = build_model(run, chat, grow)
         if config.use_lora and not is_zero():  # DeepSpeed gathers a module's weights when that is called
             from common.lora import fuse
 
@@ -199,13 +201,13 @@ def holds_rounded(config: SftConfig, accelerator: Accelerator) -> bool:
     return config.use_lora and not config.load_in_4bit and accelerator.mixed_precision == "bf16" and whole
 
 
-def build_model(run: Run, chat: Chat, grows: bool, empty: bool = False) -> nn.Module:
+def build_model(run: Run, chat: Chat, grow: bool, empty: bool = False) -> nn.Module:
     """The base with its new tokens and its adapter. empty: without weights, on the meta device."""
     config, source = run.config, run.config.at(run.config.source)
     adapter = find_model(source).adapter
     if adapter and config.use_lora:
         run.say(*continued_adapter(config, adapter))
-    model = load_model(source, trainable_adapter=config.use_lora, in_4bit=config.load_in_4bit and not grows,
+    model = load_model(source, trainable_adapter=config.use_lora, in_4bit=config.load_in_4bit and not grow,
                        empty=empty)
     if adapter and config.use_lora:
         _keep_base(run, model, Path(find_model(source).base))
@@ -219,6 +221,8 @@ def build_model(run: Run, chat: Chat, grows: bool, empty: bool = False) -> nn.Mo
             + ("; their rows are trained beside the adapters" if config.use_lora else ""))
     set_special_ids(causal_lm, chat)
     causal_lm.config.use_cache = True
+    for name in [] if config.use_lora else towers_of(causal_lm):
+        causal_lm.get_submodule(name).requires_grad_(False)
     if config.use_lora and model is causal_lm:
         model = _with_adapter(run, model, chat, token_ids, grown, empty)
         causal_lm = model.get_base_model()  # loaded anew where it has grown

@@ -248,6 +248,7 @@ class SftConfig:
                     notes.append(f"{place(self, name)} gives way to {place(self, to)}")
                 setattr(self, name, value)
 
+        give_way("init_from", "model_path", None)
         if self.init_from and self.model_path != self.init_from:
             notes.append(f"{place(self, 'model_path')} is not used: {place(self, 'init_from')} brings its model")
         give_way("max_steps", "num_train_epochs", -1)

@@ -69,8 +69,9 @@ def describe_plan(material: Material) -> str:
     return describe(material.plan.summary())
 
 
-def describe_memory(run: Run, base: object, chat: Chat, material: Material) -> str:
-    """What a process will need beside what it holds before the model `base` (a configuration) is loaded."""
+def describe_memory(run: Run, base: object, chat: Chat, material: Material, parameters: int | None) -> str:
+    """What a process will need beside what it holds before the model `base` (a configuration) is loaded. parameters:
+    of the model, where they are known."""
     config, state = run.config, run.accelerator.state
     shape = shape_of(base, len(chat.tokenizer))
     sharded = getattr(state, "fsdp_plugin", None) is not None or is_zero()
@@ -79,7 +80,8 @@ def describe_memory(run: Run, base: object, chat: Chat, material: Material) -> s
     parts = needed(shape, load, lora_r=config.lora_r if config.use_lora else None,
                    bf16=run.accelerator.mixed_precision != "no", checkpointing=config.gradient_checkpointing,
                    in_4bit=config.load_in_4bit, dora=config.use_dora, optim=config.optim,
-                   processes=run.accelerator.num_processes, sharded=sharded, on_cpu=on_cpu)
+                   processes=run.accelerator.num_processes, sharded=sharded, on_cpu=on_cpu,
+                   more=(parameters or 0) - shape.parameters if (parameters or 0) > 1.2 * shape.parameters else 0)
     return spoken(parts, checked=on_cpu and not sharded)
 
 

@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.config import HUB_NAME, is_hub_name
 from common.faults import UserError
 from common.hub import Ref, refusal, unreachable
 from common.logs import LOG_FORMS, Filters
@@ -29,6 +30,8 @@ SPEC_DIR = ROOT / "config" / "sft_datasets"
 TREE_FORMS = ("context", "pairs")
 ONLY_OF_LOGS = ("min_turns", "require_user", "exclude", "since")
 NOT_OF_LOGS = ("revision", "split", "files", "columns", "filters", "top_k")
+NOT_OF_TREES = ("columns", "filters", "role_map")
+ONLY_OF_TREES = ("top_k", "reviewed")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 TYPES = {str: "a text", dict: "an object", list: "a list", bool: "true or false", int: "a whole number"}
 
@@ -98,6 +101,9 @@ def _contradictions(given: dict) -> list[str]:
     logs = given["form"] in LOG_FORMS
     problems += [f'"{key}" has no effect on the form {given["form"]}' for key in (NOT_OF_LOGS if logs else ONLY_OF_LOGS)
                  if given.get(key)]
+    idle = () if logs else NOT_OF_TREES if given["form"] in TREE_FORMS else ONLY_OF_TREES
+    problems += [f'"{key}" has no effect on the form {given["form"]}' for key in idle
+                 if given.get(key) not in (None, [], {}, True)]
     if logs and not given.get("raw_patterns"):
         problems.append('"raw_patterns" is missing: the names of the log files')
     if logs:
@@ -124,6 +130,16 @@ def _contradictions(given: dict) -> list[str]:
 def spec_names(folder: Path = SPEC_DIR) -> list[str]:
     """Names of all data sets that are described."""
     return sorted(path.stem for path in folder.glob("*.json"))
+
+
+def check_prepared(paths: list[str]) -> None:
+    """Refuse names of the Hub whose rows are made by a description's columns, filters or choice of replies."""
+    repos = {found["repo"]: path for path in paths if is_hub_name(path) and (found := HUB_NAME.fullmatch(path))}
+    for name in spec_names() if repos else []:
+        spec = read_spec(SPEC_DIR / f"{name}.json")
+        if spec.source in repos and (spec.columns or spec.filters or spec.form in TREE_FORMS):
+            raise UserError(f"{repos[spec.source]}: its rows are made by python scripts/prepare_sft_datasets.py "
+                            f"--dataset {name}. Do that first, and name data/sft/{spec.output_name('en')}.")
 
 
 def recommended_weight(stem: str, size: str, folder: Path = SPEC_DIR) -> float | None:
