@@ -347,8 +347,8 @@ def check_new_tokens(config: SftConfig, chat: Chat, source: str) -> None:
 
 
 def describe_size(config: SftConfig, base: object, chat: Chat, source: str) -> tuple[str, int | None]:
-    """A line about the parameters that are trained, and all of them, where they can be known before the weights are
-    there. Raises UserError for an adapter that does not fit the model."""
+    """A line about the parameters that are trained, and those of the base, where they can be known before the weights
+    are there. Raises UserError for an adapter that does not fit the model."""
     from common.model import find_model, planned_parameters
     from common.run import continued_adapter
     from common.zero import is_zero
@@ -366,7 +366,7 @@ def describe_size(config: SftConfig, base: object, chat: Chat, source: str) -> t
         return (f"model {config.source}: its parameters are not known before its weights are there "
                 f"({type(fault).__name__})"), None
     return (f"model {config.source}: {total / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained "
-            f"({'LoRA' if config.use_lora else 'full'})"), total
+            f"({'LoRA' if config.use_lora else 'full'})"), total - trained * config.use_lora
 
 
 def check_length(config: SftConfig, base: object) -> None:
