@@ -687,11 +687,11 @@ def test_an_unfinished_run_names_its_checkpoint(tmp_path: Path) -> None:
 
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "checkpoint-8" / "shards").mkdir(parents=True)  # which only training reads
-    (tmp_path / "checkpoint-8" / "manifest.json").touch()
+    (tmp_path / "checkpoint-8" / "MANIFEST.json").touch()
     with pytest.raises(UserError, match="not finished; go on with it: --resume_from_checkpoint"):
         find_model(str(tmp_path))
     (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "checkpoint-4" / "manifest.json").touch()
+    (tmp_path / "checkpoint-4" / "MANIFEST.json").touch()
     with pytest.raises(UserError, match="not finished, but .*checkpoint-4 can be used"):
         find_model(str(tmp_path))
 

@@ -340,7 +340,8 @@ def test_the_branch_that_was_open_of_a_chatgpt_export(tmp_path):
     }
     assert turns_of(rows[1]) == [("user", "Add."), ("assistant", "No.")] and rows[1]["id"] == "c2"
     assert len(rows) == 2  # the third is equal to the second: the answer to the image is left out
-    assert manifest["rows_dropped"] == {"after an image or a file that the log lacks": 1, "exact duplicate": 1}
+    assert manifest["rows_dropped"] == {"after an image or a file that the log lacks": 1, "exact duplicate": 1,
+                                        "on another branch than the open one": 1}
     assert manifest["rows_changed"] == {"hidden messages left out": 5, "images and files that the log lacks": 1}
 
 

@@ -224,10 +224,14 @@ class LogReader:
                 for key, node in nodes:
                     self._add_node(talk, node, f"{place} message {key}")
                     talk.when = _latest(talk.when, node)
-                self.on_other_branches += _answers_in(record) - _answers_of(node.get("author") for _, node in nodes)
+                open_ones = {key for key, _ in nodes}
+                self.on_other_branches += sum(_is_answer(node.get("message")) for key, node in record["mapping"].items()
+                                              if key not in open_ones)
             except Bad as fault:
                 self._bad_at(records, place, fault)
-                self.damaged += _answers_in(record)
+                nodes = record["mapping"].values() if isinstance(record.get("mapping"), dict) else ()
+                messages = (node.get("message") for node in nodes if isinstance(node, dict))
+                self.damaged += _answers_of(m.get("author") for m in messages if isinstance(m, dict))
                 continue
             yield talk
 
@@ -281,11 +285,12 @@ def _answers_of(speakers: Iterable[object]) -> int:
     return sum(isinstance(each, dict) and each.get("role") == "assistant" for each in speakers)
 
 
-def _answers_in(record: dict) -> int:
-    """The assistant's messages in all branches of an exported conversation, a damaged one too."""
-    nodes = record["mapping"].values() if isinstance(record.get("mapping"), dict) else ()
-    messages = (node.get("message") for node in nodes if isinstance(node, dict))
-    return _answers_of(message.get("author") for message in messages if isinstance(message, dict))
+def _is_answer(message: object) -> bool:
+    """Whether a message of an export is one of the assistant's that is shown."""
+    if not isinstance(message, dict) or not _answers_of([message.get("author")]):
+        return False
+    content = message.get("content")
+    return not (isinstance(content, dict) and content.get("content_type") in HIDDEN)
 
 
 def _open_branch(record: dict) -> list[tuple[str, dict]]:
