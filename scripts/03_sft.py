@@ -349,7 +349,8 @@ def check_new_tokens(config: SftConfig, chat: Chat, source: str) -> None:
 def describe_size(config: SftConfig, base: object, chat: Chat, source: str) -> tuple[str, int | None]:
     """A line about the parameters that are trained, and those of the base, where they can be known before the weights
     are there. Raises UserError for an adapter that does not fit the model."""
-    from common.model import find_model, planned_parameters
+    from common.adapters import planned_parameters
+    from common.model import find_model
     from common.run import continued_adapter
     from common.zero import is_zero
 

@@ -507,7 +507,8 @@ def test_numbers_at_the_top_are_those_of_the_first_data_set() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, spm_unigram: str, tiny_model: str) -> Path:
     """What a finished LoRA run leaves (chatml, so with two tokens more than the .model), untrained."""
-    from common.model import add_lora, add_tokens, load_model, save_adapter, save_full, set_special_ids
+    from common.adapters import add_lora, save_adapter
+    from common.model import add_tokens, load_model, save_full, set_special_ids
     from common.settings import SftConfig
 
     root = tmp_path_factory.mktemp("work")

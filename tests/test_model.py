@@ -12,12 +12,12 @@ from conftest import make_llama
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from common.adapters import add_lora, round_frozen, save_adapter, towers_of
 from common.attention import PACKED
 from common.chat import load_chat
 from common.faults import UserError
 from common.loss import LossModel, batch_inputs, make_batch
 from common.model import (
-    add_lora,
     add_tokens,
     check_unquantized,
     check_vocabulary,
@@ -27,12 +27,9 @@ from common.model import (
     merge_and_save,
     model_config,
     rope_limit,
-    round_frozen,
-    save_adapter,
     save_full,
     saved_dtype,
     set_special_ids,
-    towers_of,
 )
 from common.rows import Row
 from common.settings import SftConfig

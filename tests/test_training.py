@@ -152,6 +152,13 @@ def test_answers_elsewhere_are_ours(overfit, tmp_path):
         assert [chat.decode(one.ids).strip() for one in ours] == list(QUESTIONS.values())
 
 
+def test_an_adapter_whose_base_does_not_stop_is_told(train, tmp_path):
+    """Guards against an adapter on a base that knows the chat's tokens, which runs on elsewhere without a word here."""
+    told = "note: plain peft takes the base's generation_config"
+    assert told in train(tmp_path / "spare", model_path=make_llama(tmp_path / "model", 448)).ok().out
+    assert told not in train(tmp_path / "grown").ok().out
+
+
 def test_merged_equals_adapter(overfit):
     """Guards against a merge that loses the new rows, a scale or precision."""
     chat = load_saved_chat(str(overfit["lora"]))

@@ -20,7 +20,7 @@ from common.checkpoint import atomic_json, atomic_write, flush, verify
 from common.faults import UserError
 from common.loss import LossModel
 from common.material import Material
-from common.model import load_model, merge_and_save, sample_prompts, saved_dtype, use_cores
+from common.model import find_model, load_model, merge_and_save, sample_prompts, saved_dtype, use_cores
 from common.push import push
 from common.rows import RowReader
 from common.run import Run, read_weights, write_model
@@ -115,6 +115,9 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
     write_model(run, chat, run.directory, run.export_dtype)
     what = "adapter" if config.use_lora else f"model ({str(run.export_dtype)[6:]})"
     run.say(f"{what}, tokenizer and chat template: {run.directory}")
+    if config.use_lora and not base_stops(run.directory, chat):
+        run.say("note: plain peft takes the base's generation_config, which does not know where this template ends an "
+                f"answer. The code in {run.directory / 'README.md'} sets it; a merged model has it")
     if run.rounded and (config.do_gen_test or config.merge_adapters):  # they take the base as it is on the disk
         _forget_model(run)
     if config.do_gen_test:
@@ -142,6 +145,17 @@ def leave_model(run: Run, chat: Chat, material: Material) -> None:
     atomic_write(run.directory / "Modelfile", modelfile(chat, config.system_prompt))
     report(run, chat, material)
     flush(run.directory, [path for path in run.directory.iterdir() if path.is_file()])  # before it is called finished
+
+
+def base_stops(directory: Path, chat: Chat) -> bool:
+    """Whether the base of the adapter in a directory stops, by its own files, where the template ends an answer."""
+    from transformers import GenerationConfig
+
+    try:
+        named = GenerationConfig.from_pretrained(find_model(str(directory)).base).eos_token_id
+    except OSError:  # it has none
+        named = None
+    return chat.end_id in ([named] if isinstance(named, int) else named or [])
 
 
 def _forget_model(run: Run) -> None:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from common.adapters import add_lora, round_frozen, save_adapter, towers_of
 from common.attention import causal_lm_of
 from common.chat import Chat
 from common.checkpoint import (
@@ -36,7 +37,6 @@ from common.loss import LossModel
 from common.material import Material, gather, recommended_weights
 from common.memory import shape_of
 from common.model import (
-    add_lora,
     add_tokens,
     compile_layers,
     count_parameters,
@@ -45,13 +45,10 @@ from common.model import (
     load_model,
     model_config,
     read_full,
-    round_frozen,
     rows_of_adapter,
-    save_adapter,
     save_full,
     saved_dtype,
     set_special_ids,
-    towers_of,
 )
 from common.probe import choose_attention
 from common.ranks import Watch, on_main, start_processes

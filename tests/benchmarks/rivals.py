@@ -222,11 +222,12 @@ def ours(task: Task, bf16: bool, compiled: bool = False) -> tuple[Callable[..., 
     import torch
     from accelerate import Accelerator
 
+    from common.adapters import round_frozen
     from common.chat import Encoded
     from common.lora import fuse
     from common.loss import LossModel
     from common.material import Material
-    from common.model import compile_layers, round_frozen
+    from common.model import compile_layers
     from common.plan import Source, Stage, make_plan
     from common.probe import choose_attention
     from common.settings import SftConfig
