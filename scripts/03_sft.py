@@ -30,16 +30,16 @@ from common.settings import SftConfig
 from common.signals import StopFlag, launched
 from common.trackers import check_installed
 
-LESS_MEMORY = ("Make a pass smaller (--per_device_train_batch_size with more --gradient_accumulation_steps, "
-               "--per_device_eval_batch_size, --max_seq_length), or compute it again on the way back "
-               "(--gradient_checkpointing, which a resumed run may add). Where the weights alone are too large: "
-               "--load_in_4bit, or several GPUs with config/accelerate/fsdp2.yaml.")
-
 if TYPE_CHECKING:
     from common.chat import Chat
     from common.material import Material
     from common.run import Run
     from common.rundir import Opened
+
+LESS_MEMORY = ("Make a pass smaller (--per_device_train_batch_size with more --gradient_accumulation_steps, "
+               "--per_device_eval_batch_size, --max_seq_length), or compute it again on the way back "
+               "(--gradient_checkpointing, which a resumed run may add). Where the weights alone are too large: "
+               "--load_in_4bit, or several GPUs with config/accelerate/fsdp2.yaml.")
 
 
 def main(argv: list[str]) -> int:
@@ -108,11 +108,10 @@ def fine_tune(run: Run, stop: StopFlag) -> int:
             show.describe_memory(run, base, chat, material, parameters))
     run.say(*show.show_example(material, chat))
     run.say(*prove_chat(config, chat, material, base))
-    if config.dry_run:
-        run.say(size)
     if config.export_rendered:
         run.say(*on_main(run.watch, lambda: export(run, material, chat)))
     if config.dry_run:
+        run.say(size)
         return 0
     if asked := stop.asked(run.accelerator):
         raise Stopped(f"{asked} before the first step; nothing was begun.")

@@ -8,9 +8,9 @@ from common.calls import tool_calls
 from common.faults import UserError
 from common.records import Bad, kind_of, parse
 
-READ_OF_MESSAGE = {"role", "content", "from", "value", "train", "training", "loss", "weight", "tool_calls",
-                   "function_call", "name", "tool_call_id", "speaker", "reasoning_content", "thinking", "reasoning"}
 THOUGHT = ("reasoning_content", "thinking", "reasoning")  # one thing, in the order in which transformers asks for it
+READ_OF_MESSAGE = {"role", "content", "from", "value", "train", "training", "loss", "weight", "tool_calls",
+                   "function_call", "name", "tool_call_id", "speaker", *THOUGHT}
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_MAP = {"human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant",
             "bing": "assistant", "bard": "assistant", "developer": "system", "function": "tool", "observation": "tool",
@@ -157,9 +157,8 @@ def tools_of(record: dict) -> list | None:
     if not isinstance(tools, list):
         raise Bad(f'"tools" is {kind_of(tools)}. It has to be a list of tool descriptions.')
     tools = [parse(tool.strip()) if isinstance(tool, str) and tool.strip()[:1] == "{" else tool for tool in tools]
-    other = next((tool for tool in tools if not isinstance(tool, dict)), None)
-    if other is not None or None in tools:
-        raise Bad(f'"tools" has an entry that is {kind_of(other)}. Each has to be an object that describes a tool.')
+    if others := [tool for tool in tools if not isinstance(tool, dict)]:
+        raise Bad(f'"tools" has an entry that is {kind_of(others[0])}. Each has to be an object that describes a tool.')
     return tools
 
 

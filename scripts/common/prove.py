@@ -37,9 +37,9 @@ def prove_chat(config: SftConfig, chat: Chat, material: Material, base: object) 
         if found["unsafe"]:
             lines.append(f"tokenizer: {found['unsafe']:,} texts cannot be encoded by the converted tokenizer without "
                          "control ids; training uses SentencePiece itself")
+        ties = f" ({found['ties']} ties of equal score)" if found["ties"] else ""
         lines.append(f"tokenizer: the converted one agrees with SentencePiece on {found['texts']:,} texts of the first "
-                     "rows"
-                     + (f" ({found['ties']} ties of equal score)" if found["ties"] else ""))
+                     f"rows{ties}")
     if found["changed"]:
         lines.append(f"tokenizer: {found['changed'] / found['texts']:.1%} of {found['texts']:,} texts do not come "
                      "back from decoding as they were (its normaliser changes case, newlines or spaces)")

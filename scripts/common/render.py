@@ -116,10 +116,11 @@ class Template:
                    hold_empty: bool) -> Structure:
         """Render with placeholders and cut. Depends on roles and tool calls, not on contents, so it is remembered."""
         names: list[str] = []
-        if self.trusted:  # none of the built-in ones shows thoughts
-            messages = [{k: v for k, v in m.items() if k != "reasoning_content"} if "reasoning_content" in m else m
-                        for m in messages]
-        if tools is None and all(map(PLAIN_KEYS.issuperset, messages)):
+        plain = all(map(PLAIN_KEYS.issuperset, messages))
+        if self.trusted and not plain:  # none of the built-in ones shows thoughts
+            messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
+            plain = all(map(PLAIN_KEYS.issuperset, messages))
+        if tools is None and plain:
             key: object = (generation_prompt, hold_empty, *[(m["role"], m["content"] and "text") for m in messages])
         else:
             shape = _shape(messages, self.control_pattern, names, hold_empty)

@@ -74,6 +74,7 @@ def describe_memory(run: Run, base: object, chat: Chat, material: Material, para
     of the model, where they are known."""
     config, state = run.config, run.accelerator.state
     shape = shape_of(base, len(chat.tokenizer))
+    more = (parameters or 0) - shape.parameters  # biases and norms are little; what is more are experts
     sharded = getattr(state, "fsdp_plugin", None) is not None or is_zero()
     on_cpu = run.accelerator.device.type == "cpu"
     load = largest_load(material.plan, config.per_device_train_batch_size, on_cpu)
@@ -81,7 +82,7 @@ def describe_memory(run: Run, base: object, chat: Chat, material: Material, para
                    bf16=run.accelerator.mixed_precision != "no", checkpointing=config.gradient_checkpointing,
                    in_4bit=config.load_in_4bit, dora=config.use_dora, optim=config.optim,
                    processes=run.accelerator.num_processes, sharded=sharded, on_cpu=on_cpu,
-                   more=(parameters or 0) - shape.parameters if (parameters or 0) > 1.2 * shape.parameters else 0)
+                   more=more if more > shape.parameters / 5 else 0)
     return spoken(parts, checked=on_cpu and not sharded)
 
 
